@@ -1,0 +1,334 @@
+"""The run configuration: typed settings from a YAML file and `section.name=value` words of the command line.
+
+    config = load("run.yaml", ["optim.lr=1e-4", "train.epochs=3"])
+
+Every setting is declared once, below, with its type, default, limits and one line of help. Scalars are read by
+the declared type and not by YAML's guesses: `1e-4` is a float, `precision: no` is the word "no", `steps: true`
+is refused. All mistakes are reported together, each with file, line and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """One or more settings are wrong. `problems` holds one line for each."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def _setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
+             above: float | None = None, below: float | None = None) -> Any:
+    """A field with a line of help and limits: low and high may be reached, above and below may not."""
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    return field(default=default, metadata={"doc": doc} | {k: v for k, v in limits.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Checks types and limits whichever way a section is made, so that no ill-typed default goes unseen."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for f in fields(self):
+            problem = _value_problem(f, _kind(type(self), f.name), getattr(self, f.name))
+            if problem:
+                problems.append(f"{type(self).__name__}.{f.name}: {problem}")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    name: str = _setting("compact", "architecture, as known to aml.models.build_model")
+    backbone: str = _setting("tf_efficientnet_lite0", "image encoder: a timm model with features_only")
+    text_encoder: str = _setting("minilm", "'minilm' (embedded), or a folder that transformers reads")
+    pretrained: bool = _setting(True, "start the encoders from pretrained weights")
+    freeze_encoders: bool = _setting(True, "leave the encoders as they are: right for small data and CPUs")
+    image_size: int = _setting(224, "side of the square input image, in pixels", low=32, high=4096)
+    max_tokens: int = _setting(20, "longest sentence in tokens, [CLS] and [SEP] included", low=3, high=512)
+    dim: int = _setting(128, "width of the decoder, a multiple of 64", low=64)
+    layers: int = _setting(3, "transformer layers over pixels and words", low=1)
+
+
+@dataclass(frozen=True)
+class DataConfig(_Section):
+    root: str = _setting("", "folder with annotations in the REFER layout; the same as --data")
+    dataset: str = _setting("refcoco", "sub-folder of the annotations: refcoco, refcoco+, refcocog, ...")
+    split_by: str | None = _setting(None, "which refs(<split_by>).p to read; null = the only one there")
+    images: str | None = _setting(None, "folder of the images; null = <root>/[images/]train2014")
+    field: Literal["sent", "raw"] = _setting("sent", "which text of an annotation is the sentence")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig(_Section):
+    strategy: Literal["none", "loss", "random", "easiest"] = _setting(
+        "loss", "pixels left out: none, the least aligned, as many at random, as many of lowest loss")
+    projection: Literal["trained", "gaussian"] = _setting(
+        "trained", "to a common width: learned through the similarity, or fixed random (the paper)")
+    dim: int = _setting(128, "common width of the projections", low=1)
+    quantile: float = _setting(0.25, "share of each sample's pixels that is left out", low=0, below=1)
+    protect_target: bool = _setting(True, "never leave out a pixel of the target")
+    bce_weight: float = _setting(1.0, "weight of the binary cross entropy", low=0)
+    dice_weight: float = _setting(1.0, "weight of the Dice loss", low=0)
+    aux_weight: float = _setting(0.1, "weight of the loss that trains the projections", low=0)
+    warmup: float = _setting(0.1, "share of all steps before anything is left out", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Section):
+    lr: float = _setting(1e-3, "peak learning rate (encoders: a tenth); falls as (1 - t) ** 0.9", above=0)
+    weight_decay: float = _setting(0.01, "decay of weight matrices (none for norms and biases)", low=0)
+    warmup: float = _setting(0.05, "share of all steps over which the rate rises linearly", low=0, below=1)
+    clip_norm: float = _setting(1.0, "gradients are scaled down to this norm", above=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Section):
+    out: str = _setting("runs/aml", "run directory: log, checkpoints, configuration; the same as --out")
+    epochs: int = _setting(20, "passes over the training objects", low=1)
+    steps: int | None = _setting(None, "end after so many optimizer steps instead of after `epochs`", low=1)
+    batch_size: int = _setting(8, "samples per device and forward pass", low=1)
+    accumulate: int = _setting(1, "forward passes per optimizer step", low=1)
+    precision: Literal["no", "bf16"] = _setting("no", "mixed precision: bf16, or no for float32")
+    workers: int = _setting(2, "processes per device that load data; 0 = the main one", low=0)
+    seed: int = _setting(0, "seed of weights, order, augmentation and dropout", low=0, below=2**31)
+    log_every: int = _setting(20, "steps between lines of metrics.jsonl", low=1)
+    save_every: int = _setting(500, "steps between checkpoints; every evaluation is followed by one", low=1)
+    keep: int = _setting(2, "newest checkpoints to keep, besides the best", low=1)
+    patience: int | None = _setting(None, "end after so many evaluations without a new best", low=1)
+    compile: bool = _setting(False, "run the training step through torch.compile")
+    tensorboard: bool = _setting(False, "write TensorBoard events besides metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class EvalConfig(_Section):
+    every: int = _setting(1, "epochs between evaluations; the end of the run is always evaluated", low=1)
+    metric: Literal["mIoU", "oIoU", "full_mIoU", "full_oIoU"] = _setting("mIoU", "what the best is best in")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelConfig, "data": DataConfig, "alignment": AlignmentConfig,
+    "optim": OptimConfig, "train": TrainConfig, "eval": EvalConfig,
+}
+
+
+# ------------------------------------------------------------------------------------------ public functions
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file (or the defaults), with `section.name=value` words applied in order.
+
+    Raises ConfigError with every problem of file and words at once, and FileNotFoundError for a missing file.
+    """
+    problems: list[str] = []
+    values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    if path is not None:
+        text = Path(path).read_text(encoding="utf-8")
+        for where, key, scalar in _yaml_settings(text, str(path), problems):
+            _assign(values, where, key, scalar, problems)
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            problems.append(f"command line: {word!r} is not a setting: write section.name=value")
+        else:
+            _assign(values, "command line", key, (text, text in ("null", "none", "None")), problems)
+    if problems:
+        raise ConfigError(problems)
+    sections: dict[str, Any] = {name: section(**values[name]) for name, section in _SECTIONS.items()}
+    return Config(**sections)
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML text that `load` reads back to an equal Config."""
+    import yaml
+
+    return yaml.safe_dump(asdict(config), sort_keys=False)  # ASCII: PyYAML does not re-read all Unicode
+
+
+def describe() -> list[tuple[str, str, str, str]]:
+    """(name, type, default, help) of every setting, in the order of declaration."""
+    return [(f"{name}.{f.name}", _kind_name(_kind(section, f.name)), _shown(f.default), f.metadata["doc"])
+            for name, section in _SECTIONS.items() for f in fields(section)]
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Settings that differ, as "section.name: old -> new"."""
+    lines = []
+    for name, section in _SECTIONS.items():
+        for f in fields(section):
+            before, after = (getattr(getattr(c, name), f.name) for c in (old, new))
+            if before != after:
+                lines.append(f"{name}.{f.name}: {_shown(before)} -> {_shown(after)}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+_Scalar = tuple[str, bool]  # the text as written, and whether it means null
+
+
+def _yaml_settings(text: str, source: str, problems: list[str]) -> Iterator[tuple[str, str, _Scalar]]:
+    """(place, section.name, scalar) of each leaf; structural mistakes go to `problems`."""
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problems.append(f"{source}{line}: not YAML: {getattr(error, 'problem', None) or error}")
+        return
+    if root is None:  # an empty file asks for the defaults
+        return
+    for section, node, where in _pairs(root, source, "the file", problems):
+        if section not in _SECTIONS:
+            problems.append(f"{where}: unknown section {section!r}{_hint(section)}")
+            continue
+        for name, leaf, place in _pairs(node, source, f"section {section}", problems):
+            if isinstance(leaf, yaml.ScalarNode):
+                yield place, f"{section}.{name}", (leaf.value, leaf.tag == "tag:yaml.org,2002:null")
+            else:
+                problems.append(f"{place}: {section}.{name} must be a single value, not a list or a mapping")
+
+
+def _pairs(node: Any, source: str, what: str, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+    """(key, node, place) of a YAML mapping; refuses other kinds of node and a key that is given twice."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        given = "a list" if isinstance(node, yaml.SequenceNode) else node.value
+        got = repr(given) if given else "nothing"
+        problems.append(f"{source}:{node.start_mark.line + 1}: {what} must be a mapping of names to values, "
+                        f"got {got}; leave it out to keep the defaults")
+        return
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+        if name in first:
+            problems.append(f"{source}:{line}: {what} gives {name!r} twice, first in line {first[name]}")
+        else:
+            first[name] = line
+            yield name, value, f"{source}:{line}"
+
+
+def _assign(values: dict[str, dict[str, Any]], where: str, key: str, scalar: _Scalar,
+            problems: list[str]) -> None:
+    section, _, name = key.partition(".")
+    declared = {f.name: f for f in fields(_SECTIONS[section])} if section in _SECTIONS else {}
+    if name not in declared:
+        problems.append(f"{where}: unknown setting {key!r}{_hint(key)}")
+        return
+    kind = _kind(_SECTIONS[section], name)
+    try:
+        value = _read(kind, *scalar)
+    except ValueError:
+        problems.append(f"{where}: {key} takes {_kind_name(kind)}, got {scalar[0]!r}")
+        return
+    problem = _value_problem(declared[name], kind, value)
+    if problem:
+        problems.append(f"{where}: {key} {problem}")
+    else:
+        values[section][name] = value
+
+
+def _hint(key: str) -> str:
+    """What an unknown name may have meant: the same name elsewhere, a near spelling, or what there is."""
+    names = [f"{section}.{f.name}" for section, kind in _SECTIONS.items() for f in fields(kind)]
+    section, _, leaf = key.rpartition(".")
+    near = [n for n in names if n.partition(".")[2] == (leaf or key)]
+    candidates = names if "." in key else [*_SECTIONS, *names]
+    near = near or difflib.get_close_matches(key, candidates, n=2, cutoff=0.7)
+    if near:
+        return "; did you mean " + " or ".join(near) + "?"
+    if section in _SECTIONS:
+        return f"; {section} has " + ", ".join(f.name for f in fields(_SECTIONS[section]))
+    return "; sections are " + ", ".join(_SECTIONS)
+
+
+# ----------------------------------------------------------------------------------------------------- types
+
+def _kind(section: type, name: str) -> Any:
+    return typing.get_type_hints(section)[name]
+
+
+def _options(kind: Any) -> tuple[Any, bool]:
+    """(the kind without None, whether None is allowed)."""
+    if typing.get_origin(kind) is types.UnionType:
+        inner = [k for k in typing.get_args(kind) if k is not type(None)]
+        return inner[0], True
+    return kind, False
+
+
+def _kind_name(kind: Any) -> str:
+    inner, optional = _options(kind)
+    if typing.get_origin(inner) is Literal:
+        name = "one of " + ", ".join(typing.get_args(inner))
+    else:
+        name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[inner]
+    return name + (" or null" if optional else "")
+
+
+def _read(kind: Any, text: str, null: bool) -> Any:
+    """The value that `text` stands for, by the declared type; ValueError where it stands for none."""
+    inner, optional = _options(kind)
+    if null:
+        if not optional:
+            raise ValueError("null")
+        return None
+    if inner is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return inner(text) if inner in (int, float) else text
+
+
+def _value_problem(f: Field[Any], kind: Any, value: Any) -> str | None:
+    """What is wrong with a value of field `f`, or None."""
+    inner, optional = _options(kind)
+    if value is None and optional:
+        return None
+    if typing.get_origin(inner) is Literal:
+        right = value in typing.get_args(inner)
+    elif inner is float:
+        right = type(value) in (int, float) and math.isfinite(value)
+    else:
+        right = type(value) is inner
+    if not right:
+        return f"takes {_kind_name(kind)}, got {value!r}"
+    limits = f.metadata
+    if "low" in limits and value < limits["low"]:
+        return f"must be at least {limits['low']}, got {value!r}"
+    if "above" in limits and value <= limits["above"]:
+        return f"must be above {limits['above']}, got {value!r}"
+    if "high" in limits and value > limits["high"]:
+        return f"must be at most {limits['high']}, got {value!r}"
+    if "below" in limits and value >= limits["below"]:
+        return f"must be below {limits['below']}, got {value!r}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
