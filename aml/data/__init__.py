@@ -1,0 +1,1 @@
+"""Referring-segmentation data: annotations, rendered scenes, training and evaluation sets."""
