@@ -85,9 +85,7 @@ class CompactRIS(RISModel):
 
     def tokenize(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None:
-            raise RuntimeError(
-                "this model has no tokenizer yet: load a checkpoint, or  pip install aml-kernels[demo]"
-            )
+            raise RuntimeError("this model has no tokenizer yet: load a checkpoint, or  pip install aml-kernels[demo]")
         encoded = self.tokenizer.encode_batch(list(sentences))
         tokens = torch.tensor([item.ids for item in encoded], dtype=torch.int64).view(-1, self.max_tokens)
         attended = torch.tensor([item.attention_mask for item in encoded], dtype=torch.bool)
@@ -113,9 +111,7 @@ class CompactRIS(RISModel):
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
         return maps, words
 
-    def _alignment(
-        self, maps: list[Tensor], words: Tensor, tokens: Tensor, text_mask: Tensor
-    ) -> AlignmentInputs:
+    def _alignment(self, maps: list[Tensor], words: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
         special = (tokens.unsqueeze(-1) == self.special_tokens).any(-1)
         real = text_mask & ~special
         # In an empty sentence its special tokens stand for the words.
@@ -134,9 +130,7 @@ class CompactRIS(RISModel):
 
     def get_extra_state(self) -> Tensor:
         if self.tokenizer is None:
-            raise RuntimeError(
-                "this model has no tokenizer, so its state is not complete; load a checkpoint first"
-            )
+            raise RuntimeError("this model has no tokenizer, so its state is not complete; load a checkpoint first")
         return torch.frombuffer(bytearray(self.tokenizer.to_str().encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -31,9 +31,7 @@ _MINILM = {
 def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """timm backbone with `features_only` (one map per stride), and the mean and std of its images."""
     architecture = name.split(".")[0]  # "resnet50.a1_in1k" = architecture and weights
-    if ":" not in name and not timm.is_model(
-        architecture
-    ):  # "hf-hub:..." and "local-dir:..." are timm's to judge
+    if ":" not in name and not timm.is_model(architecture):  # "hf-hub:..." and "local-dir:..." are timm's to judge
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         raise ValueError(f"backbone={name!r} is no timm model; near it: {', '.join(near) or 'nothing'}")
     embedded = pretrained and name == BACKBONE
