@@ -2,9 +2,9 @@
 
     config = load("run.yaml", ["optim.lr=1e-4", "train.epochs=3"])
 
-Every setting is declared once, below, with its type, default, limits and one line of help. Scalars are read by
-the declared type and not by YAML's guesses: `1e-4` is a float, `precision: no` is the word "no", `steps: true`
-is refused. All mistakes are reported together, each with file, line and the nearest valid name.
+Every setting is declared once, below, with its type, default, limits and one line of help. Scalars are read
+by the declared type and not by YAML's guesses: `1e-4` is a float, `precision: no` is the word "no", and
+`steps: true` is refused. All mistakes are reported together, each with file, line and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if not equals:
             problems.append(f"command line: {word!r} is not a setting: write section.name=value")
         else:
-            _assign(values, "command line", key, (text, text in ("null", "none", "None")), problems)
+            _assign(values, "command line", key, (text, text == "null"), problems)
     if problems:
         raise ConfigError(problems)
     sections: dict[str, Any] = {name: section(**values[name]) for name, section in _SECTIONS.items()}

@@ -105,8 +105,9 @@ def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
 
 def test_overrides_win_and_the_last_one_counts(tmp_path):
     words = ["optim.lr=0.25", "optim.lr=1e-4", "train.steps=null", "data.root=a=b"]
-    config = read(tmp_path, "optim: {lr: 0.5}\ntrain: {steps: 3}", words)
+    config = read(tmp_path, "optim: {lr: 0.5}\ntrain: {steps: 3}", [*words, "alignment.strategy=none"])
     assert (config.optim.lr, config.train.steps, config.data.root) == (1e-4, None, "a=b")
+    assert config.alignment.strategy == "none"
 
 
 def test_an_empty_file_is_the_defaults(tmp_path):

@@ -1,0 +1,235 @@
+"""Checkpoints that are complete or do not count.
+
+    <run>/checkpoints/step-00000123/  model.safetensors  aligner.safetensors  optimizer.pt  rng-rank<N>.pt
+                                      state.json  config.yaml  COMPLETE
+    <run>/checkpoints/last, best      one line each: the name of a checkpoint
+
+A checkpoint is written to `step-*.tmp`, every file flushed to the disk, then listed in COMPLETE with its size
+and SHA-256, then renamed; the pointers are replaced after that, and old checkpoints are removed last. So
+whatever moment the process dies at, the newest complete checkpoint is whole, and an older one is never given up
+for one that is not yet there. Nothing is unpickled but tensors (`weights_only=True`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+_MARKER = "COMPLETE"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete, damaged, or does not fit what it is loaded into."""
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds besides weights: `state` (JSON), the optimizer's state, one dict per rank."""
+
+    path: Path
+    state: dict[str, Any]
+    optimizer: dict[str, Any]
+    ranks: list[dict[str, Any]]
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+def save(run: Path, step: int, *, model: nn.Module, aligner: nn.Module, optimizer: dict[str, Any],
+         ranks: Sequence[dict[str, Any]], state: dict[str, Any], config: str, best_step: int | None = None,
+         keep: int = 2) -> Path:
+    """Write the checkpoint of `step`, set the pointers, remove old ones. Only one process may call this.
+
+    model, aligner: the modules themselves, not wrapped by DDP. ranks: per rank a dict of tensors and plain
+    values. keep: how many of the newest to keep; the one of `best_step` stays besides.
+    A checkpoint of that step which is already complete is left as it is. Raises OSError if the disk is full;
+    the earlier checkpoints are then untouched.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    if problem(final):
+        shutil.rmtree(final, ignore_errors=True)
+        temporary = final.with_name(final.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _save_module(model, temporary / "model.safetensors")
+        _save_module(aligner, temporary / "aligner.safetensors")
+        torch.save(optimizer, temporary / "optimizer.pt")
+        for rank, values in enumerate(ranks):
+            torch.save(values, temporary / f"rng-rank{rank}.pt")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (temporary / "config.yaml").write_text(config, encoding="utf-8")
+        _seal(temporary)
+        os.rename(temporary, final)
+        _flush(folder)
+    _point(folder, "last", final.name)
+    if best_step is not None:
+        _point(folder, "best", f"step-{best_step:08d}")
+    _prune(folder, keep, best_step)
+    return final
+
+
+def _save_module(module: nn.Module, path: Path) -> None:
+    names = list(module.state_dict())
+    if any("_orig_mod." in name or name.startswith("module.") for name in names):
+        raise CheckpointError("save the module itself, not the wrapper of torch.compile or DDP around it")
+    if path.stem == "model" and not names:
+        raise CheckpointError("the model has no weights to save")
+    # Shared tensors (tied weights) are stored once; the file's metadata maps the other names to the stored one.
+    safetensors.torch.save_model(module, str(path))
+
+
+def _seal(folder: Path) -> None:
+    """Flush every file to the disk, then list them with size and digest in COMPLETE, the last file written."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    _flush(folder)
+    marker = folder / _MARKER
+    marker.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    _flush(marker)
+    _flush(folder)
+
+
+def _point(folder: Path, name: str, target: str) -> None:
+    if read_pointer(folder / name) != target:
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(target + "\n", encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, folder / name)
+        _flush(folder)
+
+
+def _prune(folder: Path, keep: int, best_step: int | None) -> None:
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in _by_step(folder)[keep:]:
+        if _step(path) != best_step:
+            # The marker goes first, so that a removal cut short leaves nothing that looks complete.
+            (path / _MARKER).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------- finding
+
+def problem(path: Path) -> str | None:
+    """Why the folder is not a complete checkpoint, or None. Reads every file, to compare digests."""
+    try:
+        marker = json.loads((path / _MARKER).read_text(encoding="utf-8"))
+        files = marker["files"].items()
+    except FileNotFoundError:
+        return f"no {_MARKER} file: it was not written to the end" if path.is_dir() else "no such folder"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{_MARKER} cannot be read ({error})"
+    if marker.get("format") != FORMAT:
+        return f"format {marker.get('format')}; this version reads format {FORMAT}"
+    for name, expected in files:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if _digest(file) != expected["sha256"]:
+            return f"{name} is damaged: its SHA-256 is not the one in {_MARKER}"
+    return None
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint of a run directory or None, what was skipped and why)."""
+    skipped: list[str] = []
+    for path in _by_step(run / "checkpoints"):
+        reason = problem(path)
+        if reason is None:
+            return path, skipped
+        skipped.append(f"{path.name}: {reason}")
+    return None, skipped
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint a user means: by its folder, a pointer, or its run directory (the best, else the newest).
+
+    Raises CheckpointError, saying what was found and what is accepted.
+    """
+    path = Path(path)
+    target = path
+    if (path / "checkpoints").is_dir():
+        best = read_pointer(path / "checkpoints" / "best")
+        target = path / "checkpoints" / best if best else newest(path)[0] or path / "checkpoints"
+    elif path.is_file() and read_pointer(path):
+        target = path.parent / str(read_pointer(path))
+    reason = problem(target)
+    if reason:
+        raise CheckpointError(f"{target} is not a complete checkpoint: {reason}. "
+                              "Give a run directory, or one of its checkpoints/step-* folders")
+    return target
+
+
+def read_pointer(path: Path) -> str | None:
+    """The name in a `last` or `best` file; None if there is no such file or it names no checkpoint."""
+    if not path.is_file() or path.stat().st_size > 100:
+        return None
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    return name if name.startswith("step-") and name[5:].isdigit() else None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Folders step-<number>, newest first; by number, as names of different length sort wrongly as text."""
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+def read(path: Path) -> Snapshot:
+    """All but the weights of a checkpoint that `newest` or `resolve` has found; tensors on the CPU."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    ranks = [torch.load(path / f"rng-rank{rank}.pt", map_location="cpu", weights_only=True)
+             for rank in range(len(list(path.glob("rng-rank*.pt"))))]
+    return Snapshot(path, state, optimizer, ranks)
+
+
+def load_weights(path: Path, **modules: nn.Module) -> None:
+    """Fill modules: `load_weights(path, model=model, aligner=aligner)`. Raises where a name or shape differs."""
+    for name, module in modules.items():
+        file = path / f"{name}.safetensors"
+        with safetensors.safe_open(str(file), framework="pt") as stored:
+            metadata = stored.metadata() or {}
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(str(file))
+        tensors |= {tied: tensors[kept] for tied, kept in metadata.items() if kept in tensors}
+        try:
+            module.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            settings = path / "config.yaml"
+            raise CheckpointError(f"{file} does not fit this {name}, see {settings}: {error}") from error

@@ -1,0 +1,224 @@
+"""Checkpoints: complete or not at all, whatever fails and whenever; kept, found and refused as documented."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from aml import checkpoint
+from aml.checkpoint import CheckpointError, newest, problem, read, resolve
+
+
+class Tied(nn.Module):
+    """Two names for one tensor, as embedding and output layers often have."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.b.weight = self.a.weight
+        nn.init.constant_(self.a.weight, value)
+
+
+def save(run: Path, step: int, **options) -> Path:
+    model = Tied(float(step))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.a(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    nn.init.constant_(model.a.weight, float(step))
+    options = {"aligner": nn.Identity(), "config": "train: {}\n", "state": {"step": step}} | options
+    return checkpoint.save(run, step, model=model, optimizer=optimizer.state_dict(),
+                           ranks=[{"cpu": torch.arange(step)}], **options)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def assert_loads(path: Path, step: int) -> None:
+    assert problem(path) is None
+    model = Tied(-1.0)
+    checkpoint.load_weights(path, model=model, aligner=nn.Identity())
+    assert torch.equal(model.b.weight, torch.full((2, 2), float(step)))
+    assert read(path).state["step"] == step
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = save(tmp_path, 7)
+    assert_loads(path, 7)
+    snapshot = read(path)
+    assert len(snapshot.ranks) == 1 and torch.equal(snapshot.ranks[0]["cpu"], torch.arange(7))
+    assert set(snapshot.optimizer) == {"state", "param_groups"}
+    assert sorted(os.listdir(path)) == ["COMPLETE", "aligner.safetensors", "config.yaml", "model.safetensors",
+                                        "optimizer.pt", "rng-rank0.pt", "state.json"]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step in (5, 10, 15, 100):
+        save(tmp_path, step, best_step=5, keep=2)
+    assert names(tmp_path) == ["best", "last", "step-00000005", "step-00000015", "step-00000100"]
+    assert newest(tmp_path) == (tmp_path / "checkpoints/step-00000100", [])
+    assert resolve(tmp_path).name == "step-00000005", "a run directory stands for its best checkpoint"
+    assert resolve(tmp_path / "checkpoints/last").name == "step-00000100"
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert newest(tmp_path)[0].name == "step-100000000"
+
+
+def test_a_complete_checkpoint_is_not_written_again(tmp_path):
+    first = save(tmp_path, 3)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    save(tmp_path, 3)
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda p: (p / "COMPLETE").unlink(), "no COMPLETE file"),
+    (lambda p: (p / "COMPLETE").write_text("{"), "COMPLETE cannot be read"),
+    (lambda p: (p / "COMPLETE").write_text("[]"), "COMPLETE cannot be read"),
+    (lambda p: (p / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
+    (lambda p: flip(p / "model.safetensors"), "model.safetensors is damaged"),
+])
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(tmp_path, damage, reason):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    path, skipped = newest(tmp_path)
+    assert_loads(path, 1)
+    assert len(skipped) == 1 and skipped[0].startswith(f"step-00000002: {reason}")
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        resolve(tmp_path / "checkpoints/step-00000002")
+    assert_loads(save(tmp_path, 2), 2)  # a damaged one gives way when its step comes again
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+class Failing:
+    """Lets the first `after` disk operations pass and fails the next one, half done where it writes."""
+
+    def __init__(self, monkeypatch, after: int):
+        self.left, self.failed = after, None
+        for owner, name in [(torch, "save"), (safetensors.torch, "save_model"), (Path, "write_text"),
+                            (Path, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace")]:
+            monkeypatch.setattr(owner, name, self.wrap(name, getattr(owner, name)))
+
+    def wrap(self, name, function):
+        def call(*args, **kwargs):
+            if self.left == 0 and self.failed is None:
+                self.failed = name
+                target = {"save": args[1:2], "save_model": args[1:2], "write_text": args[:1]}.get(name)
+                if target:
+                    Path(target[0]).write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.left -= 1
+            return function(*args, **kwargs)
+        return call
+
+
+def test_a_failure_at_any_write_leaves_a_loadable_checkpoint(tmp_path):
+    failures = []
+    for after in range(1000):
+        run = tmp_path / str(after)
+        save(run, 1, keep=1)
+        with pytest.MonkeyPatch.context() as patch:
+            failing = Failing(patch, after)
+            try:
+                save(run, 2, keep=1)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        path, _ = newest(run)
+        assert_loads(path, 2 if "step-00000002" in names(run) else 1)
+        last = resolve(run / "checkpoints/last")
+        assert_loads(last, int(last.name[5:]))
+        if failing.failed is None:
+            break
+        failures.append(failing.failed)
+        assert_loads(save(run, 2, keep=1), 2)  # and the next attempt works
+        assert names(run) == ["last", "step-00000002"]
+    assert set(failures) == {"save", "save_model", "write_text", "mkdir", "fsync", "rename", "replace"}
+    assert len(failures) > 20
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from aml import checkpoint
+torch.set_num_threads(1)
+model = torch.nn.Linear(512, 512)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(1, 512)).sum().backward(); optimizer.step()
+for step in range(1, 100000):
+    torch.nn.init.constant_(model.bias, float(step))
+    checkpoint.save(Path(sys.argv[1]), step, model=model, aligner=torch.nn.Identity(), keep=1,
+                    optimizer=optimizer.state_dict(), ranks=[{}], state={"step": step}, config="")
+    print(step, flush=True)
+"""
+
+
+def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path):
+    for delay in (0.0, 0.007, 0.019):
+        run = tmp_path / str(delay)
+        command = [sys.executable, "-c", WRITER, str(run)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            try:
+                saved = [int(writer.stdout.readline()) for _ in range(2)]
+                time.sleep(delay)
+            finally:
+                writer.send_signal(signal.SIGKILL)
+            saved += [int(line) for line in writer.stdout.read().split()]
+        path, _ = newest(run)
+        step = read(path).state["step"]
+        assert step in (saved[-1], saved[-1] + 1)
+        model = nn.Linear(512, 512)
+        checkpoint.load_weights(path, model=model)
+        assert torch.equal(model.bias, torch.full((512,), float(step)))
+
+
+def test_the_optimizer_file_is_not_a_pickle_that_runs(tmp_path):
+    path = save(tmp_path, 1)
+    torch.save({"state": Path("x")}, path / "optimizer.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        read(path)
+
+
+def test_wrapped_or_empty_models_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(1, 1))
+    for wrong, words in [(torch.compile(model), "wrapper"), (nn.Identity(), "no weights")]:
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.save(tmp_path, 1, model=wrong, aligner=nn.Identity(), optimizer={}, ranks=[{}],
+                            state={}, config="")
+    assert newest(tmp_path) == (None, [])
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path):
+    path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"model.safetensors does not fit this model, see .*config.yaml"):
+        checkpoint.load_weights(path, model=nn.Linear(3, 1))
+
+
+def test_resolve_says_what_it_takes(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder.*Give a run directory"):
+        resolve(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="not written to the end"):
+        resolve(tmp_path)
+
+
+def test_the_marker_names_every_file(tmp_path):
+    path = save(tmp_path, 1)
+    listed = json.loads((path / "COMPLETE").read_text())["files"]
+    assert sorted([*listed, "COMPLETE"]) == sorted(os.listdir(path))
