@@ -53,7 +53,7 @@ def test_all_filters_keep_the_same_number_of_pixels_in_every_sample(quantile, pr
         assert left_out.max() <= 0
     else:
         # Not the quantile itself: resizing the map to pixels smooths it, and target pixels are protected.
-        assert (left_out > 0.05).all() and (left_out < quantile + 0.05).all()
+        assert (left_out > 0.05).all() and (left_out < quantile + 0.15).all()
 
 
 def test_the_count_is_exact_among_equal_losses():

@@ -1,0 +1,114 @@
+"""From a photograph and a sentence to a mask: load a trained model, predict, and save mask and overlay."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+from aml import checkpoint
+from aml.config import load as load_config
+from aml.evaluation import resized
+from aml.models import RISModel, build_model
+
+TINT = (255, 64, 96)
+TINT_STRENGTH = 0.35
+BACKGROUND_LIGHT = 0.5  # of what is not meant
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> RISModel:
+    """The model of a checkpoint folder or of a run directory (its best checkpoint), in eval mode.
+
+    Everything is in the checkpoint: neither pretrained weights nor, for the embedded text encoder, a tokenizer is read.
+    Raises CheckpointError where `path` is no complete checkpoint.
+    """
+    folder = checkpoint.resolve(path)
+    options = dataclasses.asdict(load_config(folder / "config.yaml").model)
+    model = build_model(options.pop("name"), **{**options, "pretrained": False})
+    checkpoint.load_weights(folder, model=model)
+    return model.to(device).eval()
+
+
+def load_photo(path: str | Path) -> Image.Image:
+    """An RGB image, turned upright as its EXIF data say. Raises OSError, naming the file, if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{path} is not an image that can be read ({error})") from error
+
+
+@torch.no_grad()
+def predict(model: RISModel, image: str | Path | Image.Image, sentence: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels that a sentence is about.
+
+    image: a file, or an upright RGB image. Returns the mask, bool [H, W], and the probability, float32 [H, W], both at
+    the photograph's own size. The model's mode and device are as given: use `load_model`, or `model.eval()`.
+    """
+    if not sentence.strip():
+        raise ValueError(f"sentence={sentence!r}: expected words that describe one object, like 'the black dog'")
+    photo = image if isinstance(image, Image.Image) else load_photo(image)
+    device = next(model.parameters()).device
+    square = photo.resize((model.image_size, model.image_size), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.asarray(square).copy()).to(device).permute(2, 0, 1) / 255
+    mean = torch.tensor(model.image_mean, device=device).view(3, 1, 1)
+    std = torch.tensor(model.image_std, device=device).view(3, 1, 1)
+    tokens, text_mask = (tensor.to(device) for tensor in model.tokenize([sentence]))
+    logits = model(((pixels - mean) / std)[None], tokens, text_mask)
+    full = resized(logits, (photo.height, photo.width))[0]
+    return (full > 0).cpu().numpy(), full.sigmoid().cpu().numpy()
+
+
+def save_mask(path: str | Path, mask: np.ndarray) -> None:
+    """bool [H, W] -> a one-channel image file, 255 = the referent."""
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+
+
+def save_overlay(path: str | Path, photo: Image.Image, mask: np.ndarray, sentence: str = "") -> None:
+    """The photograph with the mask tinted and outlined, the rest darkened, and the sentence below."""
+    overlay(photo, mask, sentence).save(path)
+
+
+def overlay(photo: Image.Image, mask: np.ndarray, sentence: str = "") -> Image.Image:
+    """What `save_overlay` saves. photo: RGB; mask: bool [H, W] of the same size."""
+    if mask.shape != (photo.height, photo.width):
+        raise ValueError(f"mask: expected [{photo.height}, {photo.width}], the photo's size, got {list(mask.shape)}")
+    selected = Image.fromarray(mask.astype(np.uint8) * 255)
+    pixels = np.asarray(photo, dtype=np.float32)
+    grey = pixels.mean(axis=2, keepdims=True)
+    background = (0.6 * pixels + 0.4 * grey) * BACKGROUND_LIGHT
+    inside = pixels * (1 - TINT_STRENGTH) + np.float32(TINT) * TINT_STRENGTH
+    picture = Image.fromarray(np.where(mask[..., None], inside, background).astype(np.uint8))
+
+    width = max(1, round(min(photo.size) / 200))
+    wide, inner = (
+        selected.filter(ImageFilter.MaxFilter(4 * width + 1)),
+        selected.filter(ImageFilter.MaxFilter(2 * width + 1)),
+    )
+    picture.paste((255, 255, 255), mask=Image.fromarray(np.asarray(wide) & ~np.asarray(selected)))
+    picture.paste(TINT, mask=Image.fromarray(np.asarray(inner) & ~np.asarray(selected)))
+    return _captioned(picture, sentence) if sentence else picture
+
+
+def _captioned(picture: Image.Image, sentence: str) -> Image.Image:
+    size = max(12, picture.width // 28)
+    font = ImageFont.load_default(size)
+    lines, draw = [""], ImageDraw.Draw(picture)
+    for word in sentence.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font) > picture.width - 2 * size:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    height = round(size * (1.35 * len(lines) + 0.9))
+    result = Image.new("RGB", (picture.width, picture.height + height), (20, 20, 24))
+    result.paste(picture)
+    ImageDraw.Draw(result).multiline_text(
+        (size, picture.height + size * 0.45), "\n".join(lines), fill=(255, 255, 255), font=font, spacing=size * 0.35
+    )
+    return result
