@@ -1,0 +1,116 @@
+"""Strided inputs and the rule that says what is accurate enough."""
+
+import textbook
+import torch
+from torch import Tensor
+
+from aml_kernels.reference import resize_bilinear
+
+LAYOUTS = ("contiguous", "transposed", "batch_last", "cut", "sliced")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def uniform(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def coin(seed: int, *shape: int, share: float = 0.5) -> Tensor:
+    """True with probability `share`."""
+    return torch.rand(shape, generator=generator(seed)) < share
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; the memory between them is poisoned."""
+    if layout == "contiguous" or tensor.dim() == 0:
+        return tensor.contiguous()
+    if layout == "transposed" and tensor.dim() > 1:  # [B, C, h, w]: channels-last; [B, H, W]: column by column
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "batch_last" and tensor.dim() > 1:
+        return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+    step = 2 if layout == "sliced" else 1
+    room = [size + 2 for size in tensor.shape[:-1]] + [step * tensor.shape[-1] + 3]
+    poison = float("nan") if tensor.is_floating_point() else 255 if tensor.dtype == torch.uint8 else True
+    around = torch.full(room, poison, dtype=tensor.dtype)
+    view = around[tuple(slice(1, size + 1) for size in tensor.shape[:-1])][..., 1 : step * tensor.shape[-1] + 1 : step]
+    view.copy_(tensor)
+    return view
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The memory of `tensor` as integers: equal exactly if every bit is."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor, what: str, ulps: int = 8) -> None:
+    """No worse than twice the error of plain PyTorch, or than a few roundings, in the largest element and in L2.
+
+    exact: computed in fp64 from the same input numbers; plain: by PyTorch, in fp32 from 16-bit inputs. A 16-bit
+    `actual` may be rounded once, from a result of fp32 accuracy.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    assert actual.dtype == plain.dtype, f"{what}: dtype {actual.dtype}, expected {plain.dtype}"
+    assert actual.isfinite().all(), f"{what}: not finite"
+    rounding = torch.finfo(actual.dtype).eps
+    floor = ulps * rounding if rounding < 1e-5 else 0.51 * rounding + ulps * torch.finfo(torch.float32).eps
+    actual, exact, plain = actual.double(), exact.double(), plain.double()
+    for measure in (lambda x: x.abs().max(), lambda x: x.norm()):
+        error, allowed = measure(actual - exact), max(2 * measure(plain - exact), floor * measure(exact))
+        assert error <= allowed, f"{what}: error {error:.3g} of {measure(exact):.3g}, allowed {allowed:.3g}"
+
+
+def assert_accurate_gradient(actual: Tensor, exact: Tensor, plain: Tensor, what: str, ulps: int = 16) -> None:
+    """The same, and the direction: many small errors must not add up to a bias."""
+    assert_accurate(actual, exact, plain, what, ulps)
+    cosine = torch.nn.functional.cosine_similarity(actual.double().flatten(), exact.double().flatten(), dim=0)
+    limit = 1e-9 if torch.finfo(actual.dtype).eps < 1e-5 else 1e-5
+    if exact.any():
+        assert cosine > 1 - limit, f"{what}: cosine {cosine:.12f}"
+
+
+def loss_inputs(
+    *, seed: int = 0, batch: int = 3, logits=(24, 33), target=(24, 33), map=(5, 7), dtype: torch.dtype = torch.float32,
+    kind: str = "uint8", map_dtype: torch.dtype = torch.float32, layouts=("cut", "sliced", "batch_last", "transposed"),
+) -> dict[str, Tensor]:
+    """Arguments of `masked_loss`, each in another memory layout: logits, target, similarity, valid, map_valid."""
+    label = coin(seed + 1, batch, *target, share=0.4)
+    label = {
+        "uint8": lambda: label.to(torch.uint8), "bool": lambda: label,
+        "soft": lambda: uniform(seed + 1, batch, *target), "soft bf16": lambda: uniform(seed + 1, batch, *target).bfloat16(),
+    }[kind]()
+    tensors = (
+        3 * normal(seed, batch, *logits, dtype=dtype), label, normal(seed + 2, batch, *map, dtype=map_dtype),
+        coin(seed + 3, batch, *target, share=0.8), coin(seed + 4, batch, *map, share=0.8),
+    )
+    names = ("logits", "target", "similarity", "valid", "map_valid")
+    return {
+        name: laid_out(tensor, layouts[i % len(layouts)]) for i, (name, tensor) in enumerate(zip(names, tensors, strict=True))
+    }
+
+
+def kept_pixels(
+    logits: Tensor, target: Tensor, similarity: Tensor | None, *, quantile: float | None = None,
+    threshold: float | Tensor | None = None, valid: Tensor | None = None, map_valid: Tensor | None = None,
+    protect_target: bool = False, **_,
+) -> Tensor:
+    """The mask by its definition, in the precision in which it is defined."""
+    keep = torch.ones(target.shape, dtype=torch.bool)
+    if quantile is not None or threshold is not None:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        similarity = similarity.detach().to(dtype)
+        limit = textbook.quantile(similarity, quantile, map_valid) if threshold is None else torch.as_tensor(threshold)
+        limit = limit.to(dtype).reshape(-1, 1, 1)
+        keep = resize_bilinear(similarity, tuple(target.shape[1:]), align_corners=False) >= limit
+        keep = keep | (target > 0.5) if protect_target else keep
+    return keep if valid is None else keep & valid
