@@ -18,7 +18,7 @@ def load_plain_pickle(content: bytes, name: str) -> Any:
     Text that Python 2 pickled as byte strings is read as UTF-8, else as Latin-1. `name` is for messages.
 
     Raises:
-        pickle.UnpicklingError: the pickle asks for a class or function, or is damaged. Nothing of it was run.
+        pickle.UnpicklingError: the pickle asks for a class or function, or is damaged. Nothing was run.
     """
     try:
         try:
@@ -28,5 +28,5 @@ def load_plain_pickle(content: bytes, name: str) -> Any:
     except Exception as error:  # a damaged pickle raises nearly any type
         raise pickle.UnpicklingError(
             f"{name} was not read: {str(error) or type(error).__name__}. Annotations hold only lists, dicts,"
-            " text and numbers; a file with anything else could run code. Get it again from a source you trust"
+            " text and numbers; a file with anything else could run code: get it from a source you trust"
         ) from error
