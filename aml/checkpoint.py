@@ -5,9 +5,9 @@
     <run>/checkpoints/last, best      one line each: the name of a checkpoint
 
 A checkpoint is written to `step-*.tmp`, every file flushed to the disk, then listed in COMPLETE with its size
-and SHA-256, then renamed; the pointers are replaced after that, and old checkpoints are removed last. So
-whatever moment the process dies at, the newest complete checkpoint is whole, and an older one is never given up
-for one that is not yet there. Nothing is unpickled but tensors (`weights_only=True`).
+and SHA-256, then renamed; the pointers are replaced after that, and old checkpoints are removed last. So at
+whatever moment the process dies, the newest complete checkpoint is whole, and no older one is given up for one
+that is not yet there. Nothing is unpickled but tensors (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,20 @@ class Snapshot:
 
 # --------------------------------------------------------------------------------------------------- writing
 
-def save(run: Path, step: int, *, model: nn.Module, aligner: nn.Module, optimizer: dict[str, Any],
-         ranks: Sequence[dict[str, Any]], state: dict[str, Any], config: str, best_step: int | None = None,
-         keep: int = 2) -> Path:
+
+def save(
+    run: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    aligner: nn.Module,
+    optimizer: dict[str, Any],
+    ranks: Sequence[dict[str, Any]],
+    state: dict[str, Any],
+    config: str,
+    best_step: int | None = None,
+    keep: int = 2,
+) -> Path:
     """Write the checkpoint of `step`, set the pointers, remove old ones. Only one process may call this.
 
     model, aligner: the modules themselves, not wrapped by DDP. ranks: per rank a dict of tensors and plain
@@ -86,12 +97,12 @@ def _save_module(module: nn.Module, path: Path) -> None:
         raise CheckpointError("save the module itself, not the wrapper of torch.compile or DDP around it")
     if path.stem == "model" and not names:
         raise CheckpointError("the model has no weights to save")
-    # Shared tensors (tied weights) are stored once; the file's metadata maps the other names to the stored one.
+    # Shared tensors (tied weights) are stored once; the metadata of the file maps their other names to it.
     safetensors.torch.save_model(module, str(path))
 
 
 def _seal(folder: Path) -> None:
-    """Flush every file to the disk, then list them with size and digest in COMPLETE, the last file written."""
+    """Flush every file to the disk, then list them, with size and digest, in COMPLETE, the last one."""
     files = {}
     for path in sorted(folder.iterdir()):
         _flush(path)
@@ -132,6 +143,7 @@ def _flush(path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------- finding
 
+
 def problem(path: Path) -> str | None:
     """Why the folder is not a complete checkpoint, or None. Reads every file, to compare digests."""
     try:
@@ -166,7 +178,7 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint a user means: by its folder, a pointer, or its run directory (the best, else the newest).
+    """The checkpoint that is meant: by its folder, a pointer, or its run directory (the best or the newest).
 
     Raises CheckpointError, saying what was found and what is accepted.
     """
@@ -179,8 +191,10 @@ def resolve(path: str | Path) -> Path:
         target = path.parent / str(read_pointer(path))
     reason = problem(target)
     if reason:
-        raise CheckpointError(f"{target} is not a complete checkpoint: {reason}. "
-                              "Give a run directory, or one of its checkpoints/step-* folders")
+        raise CheckpointError(
+            f"{target} is not a complete checkpoint: {reason}. "
+            "Give a run directory, or one of its checkpoints/step-* folders"
+        )
     return target
 
 
@@ -211,17 +225,20 @@ def _digest(path: Path) -> str:
 
 # --------------------------------------------------------------------------------------------------- reading
 
+
 def read(path: Path) -> Snapshot:
     """All but the weights of a checkpoint that `newest` or `resolve` has found; tensors on the CPU."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    ranks = [torch.load(path / f"rng-rank{rank}.pt", map_location="cpu", weights_only=True)
-             for rank in range(len(list(path.glob("rng-rank*.pt"))))]
+    ranks = [
+        torch.load(path / f"rng-rank{rank}.pt", map_location="cpu", weights_only=True)
+        for rank in range(len(list(path.glob("rng-rank*.pt"))))
+    ]
     return Snapshot(path, state, optimizer, ranks)
 
 
 def load_weights(path: Path, **modules: nn.Module) -> None:
-    """Fill modules: `load_weights(path, model=model, aligner=aligner)`. Raises where a name or shape differs."""
+    """Fill modules: `load_weights(path, model=model, aligner=aligner)`. Raises if a name or shape differs."""
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
         with safetensors.safe_open(str(file), framework="pt") as stored:

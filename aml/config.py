@@ -27,8 +27,15 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-def _setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None,
-             above: float | None = None, below: float | None = None) -> Any:
+def _setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
     """A field with a line of help and limits: low and high may be reached, above and below may not."""
     limits = {"low": low, "high": high, "above": above, "below": below}
     return field(default=default, metadata={"doc": doc} | {k: v for k, v in limits.items() if v is not None})
@@ -73,9 +80,11 @@ class DataConfig(_Section):
 @dataclass(frozen=True)
 class AlignmentConfig(_Section):
     strategy: Literal["none", "loss", "random", "easiest"] = _setting(
-        "loss", "pixels left out: none, the least aligned, as many at random, as many of lowest loss")
+        "loss", "pixels left out: none, the least aligned, as many at random, as many of lowest loss"
+    )
     projection: Literal["trained", "gaussian"] = _setting(
-        "trained", "to a common width: learned through the similarity, or fixed random (the paper)")
+        "trained", "to a common width: learned through the similarity, or fixed random (the paper)"
+    )
     dim: int = _setting(128, "common width of the projections", low=1)
     quantile: float = _setting(0.25, "share of each sample's pixels that is left out", low=0, below=1)
     protect_target: bool = _setting(True, "never leave out a pixel of the target")
@@ -128,12 +137,17 @@ class Config:
 
 
 _SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelConfig, "data": DataConfig, "alignment": AlignmentConfig,
-    "optim": OptimConfig, "train": TrainConfig, "eval": EvalConfig,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "alignment": AlignmentConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
 }
 
 
 # ------------------------------------------------------------------------------------------ public functions
+
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (or the defaults), with `section.name=value` words applied in order.
@@ -167,8 +181,11 @@ def to_yaml(config: Config) -> str:
 
 def describe() -> list[tuple[str, str, str, str]]:
     """(name, type, default, help) of every setting, in the order of declaration."""
-    return [(f"{name}.{f.name}", _kind_name(_kind(section, f.name)), _shown(f.default), f.metadata["doc"])
-            for name, section in _SECTIONS.items() for f in fields(section)]
+    return [
+        (f"{name}.{f.name}", _kind_name(_kind(section, f.name)), _shown(f.default), f.metadata["doc"])
+        for name, section in _SECTIONS.items()
+        for f in fields(section)
+    ]
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -218,8 +235,10 @@ def _pairs(node: Any, source: str, what: str, problems: list[str]) -> Iterator[t
     if not isinstance(node, yaml.MappingNode):
         given = "a list" if isinstance(node, yaml.SequenceNode) else node.value
         got = repr(given) if given else "nothing"
-        problems.append(f"{source}:{node.start_mark.line + 1}: {what} must be a mapping of names to values, "
-                        f"got {got}; leave it out to keep the defaults")
+        problems.append(
+            f"{source}:{node.start_mark.line + 1}: {what} must be a mapping of names to values, "
+            f"got {got}; leave it out to keep the defaults"
+        )
         return
     first: dict[str, int] = {}
     for key, value in node.value:
@@ -232,8 +251,9 @@ def _pairs(node: Any, source: str, what: str, problems: list[str]) -> Iterator[t
             yield name, value, f"{source}:{line}"
 
 
-def _assign(values: dict[str, dict[str, Any]], where: str, key: str, scalar: _Scalar,
-            problems: list[str]) -> None:
+def _assign(
+    values: dict[str, dict[str, Any]], where: str, key: str, scalar: _Scalar, problems: list[str]
+) -> None:
     section, _, name = key.partition(".")
     declared = {f.name: f for f in fields(_SECTIONS[section])} if section in _SECTIONS else {}
     if name not in declared:
@@ -267,6 +287,7 @@ def _hint(key: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- types
+
 
 def _kind(section: type, name: str) -> Any:
     return typing.get_type_hints(section)[name]

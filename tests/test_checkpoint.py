@@ -35,8 +35,14 @@ def save(run: Path, step: int, **options) -> Path:
     optimizer.step()
     nn.init.constant_(model.a.weight, float(step))
     options = {"aligner": nn.Identity(), "config": "train: {}\n", "state": {"step": step}} | options
-    return checkpoint.save(run, step, model=model, optimizer=optimizer.state_dict(),
-                           ranks=[{"cpu": torch.arange(step)}], **options)
+    return checkpoint.save(
+        run,
+        step,
+        model=model,
+        optimizer=optimizer.state_dict(),
+        ranks=[{"cpu": torch.arange(step)}],
+        **options,
+    )
 
 
 def names(run: Path) -> list[str]:
@@ -57,8 +63,15 @@ def test_what_is_saved_is_loaded(tmp_path):
     snapshot = read(path)
     assert len(snapshot.ranks) == 1 and torch.equal(snapshot.ranks[0]["cpu"], torch.arange(7))
     assert set(snapshot.optimizer) == {"state", "param_groups"}
-    assert sorted(os.listdir(path)) == ["COMPLETE", "aligner.safetensors", "config.yaml", "model.safetensors",
-                                        "optimizer.pt", "rng-rank0.pt", "state.json"]
+    assert sorted(os.listdir(path)) == [
+        "COMPLETE",
+        "aligner.safetensors",
+        "config.yaml",
+        "model.safetensors",
+        "optimizer.pt",
+        "rng-rank0.pt",
+        "state.json",
+    ]
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -83,14 +96,17 @@ def test_a_complete_checkpoint_is_not_written_again(tmp_path):
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (lambda p: (p / "COMPLETE").unlink(), "no COMPLETE file"),
-    (lambda p: (p / "COMPLETE").write_text("{"), "COMPLETE cannot be read"),
-    (lambda p: (p / "COMPLETE").write_text("[]"), "COMPLETE cannot be read"),
-    (lambda p: (p / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-    (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
-    (lambda p: flip(p / "model.safetensors"), "model.safetensors is damaged"),
-])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda p: (p / "COMPLETE").unlink(), "no COMPLETE file"),
+        (lambda p: (p / "COMPLETE").write_text("{"), "COMPLETE cannot be read"),
+        (lambda p: (p / "COMPLETE").write_text("[]"), "COMPLETE cannot be read"),
+        (lambda p: (p / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes instead of"),
+        (lambda p: flip(p / "model.safetensors"), "model.safetensors is damaged"),
+    ],
+)
 def test_a_damaged_checkpoint_is_skipped_with_the_reason(tmp_path, damage, reason):
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
@@ -113,8 +129,15 @@ class Failing:
 
     def __init__(self, monkeypatch, after: int):
         self.left, self.failed = after, None
-        for owner, name in [(torch, "save"), (safetensors.torch, "save_model"), (Path, "write_text"),
-                            (Path, "mkdir"), (os, "fsync"), (os, "rename"), (os, "replace")]:
+        for owner, name in [
+            (torch, "save"),
+            (safetensors.torch, "save_model"),
+            (Path, "write_text"),
+            (Path, "mkdir"),
+            (os, "fsync"),
+            (os, "rename"),
+            (os, "replace"),
+        ]:
             monkeypatch.setattr(owner, name, self.wrap(name, getattr(owner, name)))
 
     def wrap(self, name, function):
@@ -127,6 +150,7 @@ class Failing:
                 raise OSError(errno.ENOSPC, "No space left on device")
             self.left -= 1
             return function(*args, **kwargs)
+
         return call
 
 
@@ -200,14 +224,15 @@ def test_wrapped_or_empty_models_are_refused(tmp_path):
     model = nn.Sequential(nn.Linear(1, 1))
     for wrong, words in [(torch.compile(model), "wrapper"), (nn.Identity(), "no weights")]:
         with pytest.raises(CheckpointError, match=words):
-            checkpoint.save(tmp_path, 1, model=wrong, aligner=nn.Identity(), optimizer={}, ranks=[{}],
-                            state={}, config="")
+            checkpoint.save(
+                tmp_path, 1, model=wrong, aligner=nn.Identity(), optimizer={}, ranks=[{}], state={}, config=""
+            )
     assert newest(tmp_path) == (None, [])
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path):
     path = save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"model.safetensors does not fit this model, see .*config.yaml"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors does not fit this model, see .*yaml"):
         checkpoint.load_weights(path, model=nn.Linear(3, 1))
 
 

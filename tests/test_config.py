@@ -43,55 +43,74 @@ def test_every_setting_has_one_line_of_help():
 
 
 # The rows on which ready-made loaders were found to differ.
-@pytest.mark.parametrize(("text", "section", "name", "value"), [
-    ("optim: {lr: 1e-4}", "optim", "lr", 1e-4),
-    ("optim: {lr: 1}", "optim", "lr", 1.0),
-    ("train: {precision: no}", "train", "precision", "no"),
-    ("train: {precision: bf16}", "train", "precision", "bf16"),
-    ("train: {steps: null}", "train", "steps", None),
-    ("train: {steps: 7}", "train", "steps", 7),
-    ("train: {compile: true}", "train", "compile", True),
-    ("train: {compile: False}", "train", "compile", False),
-    ("data: {dataset: 2014}", "data", "dataset", "2014"),
-    ("data: {dataset: 12:30}", "data", "dataset", "12:30"),
-    ("data: {root: 'null'}", "data", "root", "null"),
-    ("data: {dataset: no}", "data", "dataset", "no"),
-])
+@pytest.mark.parametrize(
+    ("text", "section", "name", "value"),
+    [
+        ("optim: {lr: 1e-4}", "optim", "lr", 1e-4),
+        ("optim: {lr: 1}", "optim", "lr", 1.0),
+        ("train: {precision: no}", "train", "precision", "no"),
+        ("train: {precision: bf16}", "train", "precision", "bf16"),
+        ("train: {steps: null}", "train", "steps", None),
+        ("train: {steps: 7}", "train", "steps", 7),
+        ("train: {compile: true}", "train", "compile", True),
+        ("train: {compile: False}", "train", "compile", False),
+        ("data: {dataset: 2014}", "data", "dataset", "2014"),
+        ("data: {dataset: 12:30}", "data", "dataset", "12:30"),
+        ("data: {root: 'null'}", "data", "root", "null"),
+        ("data: {dataset: no}", "data", "dataset", "no"),
+    ],
+)
 def test_a_scalar_is_read_by_the_declared_type(tmp_path, text, section, name, value):
     got = getattr(getattr(read(tmp_path, text), section), name)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize(("text", "problem"), [
-    ("train: {epochs: true}", "run.yaml:1: train.epochs takes an integer, got 'true'"),
-    ("train: {epochs: 1.5}", "run.yaml:1: train.epochs takes an integer, got '1.5'"),
-    ("train: {epochs: 1e3}", "run.yaml:1: train.epochs takes an integer, got '1e3'"),
-    ("train: {epochs: 12:30}", "run.yaml:1: train.epochs takes an integer, got '12:30'"),
-    ("train: {epochs: null}", "run.yaml:1: train.epochs takes an integer, got 'null'"),
-    ("train: {epochs: 0}", "run.yaml:1: train.epochs must be at least 1, got 0"),
-    ("train: {compile: yes}", "run.yaml:1: train.compile takes true or false, got 'yes'"),
-    ("train: {compile: 1}", "run.yaml:1: train.compile takes true or false, got '1'"),
-    ("train: {precision: fp8}", "run.yaml:1: train.precision takes one of no, bf16, got 'fp8'"),
-    ("train: {steps: many}", "run.yaml:1: train.steps takes an integer or null, got 'many'"),
-    ("optim: {lr: nan}", "run.yaml:1: optim.lr takes a number, got nan"),
-    ("optim: {lr: 0}", "run.yaml:1: optim.lr must be above 0, got 0.0"),
-    ("optim: {lr: [1, 2]}", "run.yaml:1: optim.lr must be a single value, not a list or a mapping"),
-    ("alignment: {quantile: 1}", "run.yaml:1: alignment.quantile must be below 1, got 1.0"),
-    ("optim:", "run.yaml:1: section optim must be a mapping of names to values, got nothing; "
-               "leave it out to keep the defaults"),
-    ("optim: 3", "run.yaml:1: section optim must be a mapping of names to values, got '3'; "
-                 "leave it out to keep the defaults"),
-    ("optim: {lr: 1, lr: 2}", "run.yaml:1: section optim gives 'lr' twice, first in line 1"),
-    ("optim: {lr: 1}\noptim: {clip_norm: 1}", "run.yaml:2: the file gives 'optim' twice, first in line 1"),
-    ("optim: {leaning_rate: 1}", "run.yaml:1: unknown setting 'optim.leaning_rate'; "
-                                 "optim has lr, weight_decay, warmup, clip_norm"),
-    ("optim: {weight_decy: 1}",
-     "run.yaml:1: unknown setting 'optim.weight_decy'; did you mean optim.weight_decay?"),
-    ("optim: {epochs: 1}", "run.yaml:1: unknown setting 'optim.epochs'; did you mean train.epochs?"),
-    ("trian: {epochs: 1}", "run.yaml:1: unknown section 'trian'; did you mean train?"),
-    ("epochs: 1", "run.yaml:1: unknown section 'epochs'; did you mean train.epochs?"),
-    ("train: {a: b", "run.yaml:1: not YAML: expected ',' or '}', but got '<stream end>'"),
-])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("train: {epochs: true}", "run.yaml:1: train.epochs takes an integer, got 'true'"),
+        ("train: {epochs: 1.5}", "run.yaml:1: train.epochs takes an integer, got '1.5'"),
+        ("train: {epochs: 1e3}", "run.yaml:1: train.epochs takes an integer, got '1e3'"),
+        ("train: {epochs: 12:30}", "run.yaml:1: train.epochs takes an integer, got '12:30'"),
+        ("train: {epochs: null}", "run.yaml:1: train.epochs takes an integer, got 'null'"),
+        ("train: {epochs: 0}", "run.yaml:1: train.epochs must be at least 1, got 0"),
+        ("train: {compile: yes}", "run.yaml:1: train.compile takes true or false, got 'yes'"),
+        ("train: {compile: 1}", "run.yaml:1: train.compile takes true or false, got '1'"),
+        ("train: {precision: fp8}", "run.yaml:1: train.precision takes one of no, bf16, got 'fp8'"),
+        ("train: {steps: many}", "run.yaml:1: train.steps takes an integer or null, got 'many'"),
+        ("optim: {lr: nan}", "run.yaml:1: optim.lr takes a number, got nan"),
+        ("optim: {lr: 0}", "run.yaml:1: optim.lr must be above 0, got 0.0"),
+        ("optim: {lr: [1, 2]}", "run.yaml:1: optim.lr must be a single value, not a list or a mapping"),
+        ("alignment: {quantile: 1}", "run.yaml:1: alignment.quantile must be below 1, got 1.0"),
+        (
+            "optim:",
+            "run.yaml:1: section optim must be a mapping of names to values, got nothing; "
+            "leave it out to keep the defaults",
+        ),
+        (
+            "optim: 3",
+            "run.yaml:1: section optim must be a mapping of names to values, got '3'; "
+            "leave it out to keep the defaults",
+        ),
+        ("optim: {lr: 1, lr: 2}", "run.yaml:1: section optim gives 'lr' twice, first in line 1"),
+        (
+            "optim: {lr: 1}\noptim: {clip_norm: 1}",
+            "run.yaml:2: the file gives 'optim' twice, first in line 1",
+        ),
+        (
+            "optim: {leaning_rate: 1}",
+            "run.yaml:1: unknown setting 'optim.leaning_rate'; optim has lr, weight_decay, warmup, clip_norm",
+        ),
+        (
+            "optim: {weight_decy: 1}",
+            "run.yaml:1: unknown setting 'optim.weight_decy'; did you mean optim.weight_decay?",
+        ),
+        ("optim: {epochs: 1}", "run.yaml:1: unknown setting 'optim.epochs'; did you mean train.epochs?"),
+        ("trian: {epochs: 1}", "run.yaml:1: unknown section 'trian'; did you mean train?"),
+        ("epochs: 1", "run.yaml:1: unknown section 'epochs'; did you mean train.epochs?"),
+        ("train: {a: b", "run.yaml:1: not YAML: expected ',' or '}', but got '<stream end>'"),
+    ],
+)
 def test_a_mistake_is_refused_with_its_place(tmp_path, text, problem):
     assert problems_of(tmp_path, text) == [problem]
 
@@ -100,7 +119,12 @@ def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
     text = "train:\n  epochs: x\n  sede: 1\n\nopt:\n  lr: 1\neval:\n  metric: iou\n"
     lines = problems_of(tmp_path, text, ["optim.lr=fast", "train.seed", "optim.rate=1"])
     assert [line.split(": ")[0] for line in lines] == [
-        "run.yaml:2", "run.yaml:3", "run.yaml:5", "run.yaml:8", *3 * ["command line"]]
+        "run.yaml:2",
+        "run.yaml:3",
+        "run.yaml:5",
+        "run.yaml:8",
+        *3 * ["command line"],
+    ]
 
 
 def test_overrides_win_and_the_last_one_counts(tmp_path):
@@ -121,13 +145,21 @@ def test_sections_made_in_python_are_checked_too():
         replace(TrainConfig(), epochs=True)
 
 
-@given(lr=st.floats(1e-30, 1e30), steps=st.none() | st.integers(1, 10**12), root=st.text(max_size=20),
-       images=st.none() | st.text(max_size=8), keep=st.booleans())
+@given(
+    lr=st.floats(1e-30, 1e30),
+    steps=st.none() | st.integers(1, 10**12),
+    root=st.text(max_size=20),
+    images=st.none() | st.text(max_size=8),
+    keep=st.booleans(),
+)
 def test_what_is_written_is_read_back(tmp_path_factory, lr, steps, root, images, keep):
     config = Config()
-    config = replace(config, optim=replace(config.optim, lr=lr),
-                     train=replace(config.train, steps=steps, compile=keep),
-                     data=replace(config.data, root=root, images=images))
+    config = replace(
+        config,
+        optim=replace(config.optim, lr=lr),
+        train=replace(config.train, steps=steps, compile=keep),
+        data=replace(config.data, root=root, images=images),
+    )
     path = tmp_path_factory.mktemp("round") / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load(path) == config
