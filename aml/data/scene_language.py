@@ -20,7 +20,8 @@ _CLEAR = 0.10
 _LOOSE = -0.02
 _LARGER = 1.3  # "largest": at least this much larger than all others
 _NEARER = 0.7  # "closest to": at most this part of the distance of all others
-_OVERLAP = 0.06  # "behind": at least this part of the smaller object is shared
+_OVERLAP = 0.06  # "behind": at least this part of the smaller object is shared ...
+_APART = 1.2  # ... and all others are this many times the sum of both radii away, so that they do not touch
 
 ORDINALS = ("second", "third")
 
@@ -186,7 +187,8 @@ def _relations(
     here, there = objects[target], objects[anchor]
     dx, dy = here.x - there.x, here.y - there.y
     found = []
-    if overlap[target, anchor] >= _OVERLAP and not any(overlap[rival, anchor] > 0 for rival in rivals):
+    apart = [_distance(objects[i], there) > _APART * (objects[i].radius + there.radius) for i in rivals]
+    if overlap[target, anchor] >= _OVERLAP and all(apart):
         found.append("in front of" if target > anchor else "behind")
     for words, along, across, ahead in (
         ("to the left of", -dx, dy, lambda other: there.x - other.x),
