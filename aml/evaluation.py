@@ -92,9 +92,9 @@ def metrics(records: Sequence[dict[str, Any]], expected_ids: Collection[str]) ->
     sentences with IoU >= X. `area_ratio`: predicted / true area, in sum. The same with the prefix `full_` at the
     photographs' own sizes (masks scored at the model's square input are what most papers report).
     `auc`, `auc_wrong_sentence`, `target_left_out`: means over the sentences for which they are defined.
-    `sentences`: how many there are. `empty_unions`, `full_empty_unions`: sentences with neither a target nor a predicted
-    pixel. They count as IoU 0 in mIoU and P@X and so can only lower them: a sentence of these data sets always has a
-    referent, which was lost in resizing.
+    `sentences`: how many there are. `empty_unions`, `full_empty_unions`: sentences with neither a target nor a
+    predicted pixel. They count as IoU 0 in mIoU and P@X, so they can only lower them: a sentence of these data sets
+    always has a referent, which was lost in resizing.
 
     Raises ValueError where `records` and `expected_ids` are not the same set, naming the first few missing, repeated or
     unknown ids.
