@@ -6,8 +6,8 @@
 
 A checkpoint is written to `step-*.tmp`, every file flushed to the disk, then listed in COMPLETE with its size
 and SHA-256, then renamed; the pointers are replaced after that, and old checkpoints are removed last. So at
-whatever moment the process dies, the newest complete checkpoint is whole, and no older one is given up for one
-that is not yet there. Nothing is unpickled but tensors (`weights_only=True`).
+whatever moment the process dies, the newest complete checkpoint is whole, and no older one is given up for
+one that is not yet there. Nothing is unpickled but tensors (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from aml.errors import CheckpointError
+
 FORMAT = 1
 _MARKER = "COMPLETE"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, incomplete, damaged, or does not fit what it is loaded into."""
 
 
 @dataclass

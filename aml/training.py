@@ -37,6 +37,7 @@ from aml.config import Config, ConfigError, differences, load, to_yaml
 from aml.console import StopSignals, on_terminal
 from aml.data.dataset import EpochBatches, collate
 from aml.data.refer import ReferDataset
+from aml.errors import NonFiniteLoss, ResumeError, Stopped
 from aml.models import RISModel, build_model
 from aml.runlog import RunLog, tensorboard_writer
 
@@ -47,22 +48,6 @@ ALLOWABLE = (
     "world",
 )  # changes that --resume refuses unless --allow-change names them
 SIGNAL_CHECK = 10  # steps between agreements of several ranks on whether to stop
-
-
-class ResumeError(RuntimeError):
-    """The run cannot be resumed, or not with these settings."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM came; the run was saved and can be resumed."""
-
-    def __init__(self, signum: int, message: str):
-        self.signum = signum
-        super().__init__(message)
 
 
 @dataclass
@@ -360,7 +345,7 @@ class _Trainer:
             raise ResumeError(
                 f"{path} is of a run that went otherwise:\n  "
                 + "\n  ".join(changed[name] for name in refused)
-                + f"\nRestore that, or accept the change with --allow-change {' '.join(refused)}"
+                + f"\nRestore that, or accept the change with {' '.join(f'--allow-change {name}' for name in refused)}"
             )
         checkpoint.load_weights(path, model=self.model, aligner=self.aligner)
         self.optimizer.load_state_dict(snapshot.optimizer)

@@ -1,0 +1,21 @@
+"""What ends a command without being a bug. Apart from the modules that raise them, so that `aml.cli` stays light."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete, damaged, or does not fit what it is loaded into."""
+
+
+class ResumeError(RuntimeError):
+    """The run cannot be resumed, or not with these settings."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came; the run was saved and can be resumed."""
+
+    def __init__(self, signum: int, message: str):
+        self.signum = signum
+        super().__init__(message)
