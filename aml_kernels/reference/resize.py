@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def resize_bilinear(image: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    """Resize `image [B, h, w]` to `size`: rows first, then columns, each as `a + weight * (b - a)`.
+    """Resize `image [B, h, w]` to `size`: along each row, then between rows, each as `a + weight * (b - a)`.
 
     Agrees with `torch.nn.functional.interpolate(mode="bilinear")` up to rounding. Three things are fixed here that
     PyTorch leaves open, because a pixel is kept or left out by comparing the result with a threshold:
@@ -15,14 +15,15 @@ def resize_bilinear(image: Tensor, size: tuple[int, int], *, align_corners: bool
     rows, columns = size
     if tuple(image.shape[1:]) == (rows, columns):
         return image
-    below, above, weight = _coordinates(image.shape[1], rows, align_corners, image)
-    image = _interpolate(image[:, below], image[:, above], weight[:, None])
     below, above, weight = _coordinates(image.shape[2], columns, align_corners, image)
-    return _interpolate(image[:, :, below], image[:, :, above], weight)
+    image = _interpolate(image[:, :, below], image[:, :, above], weight)
+    below, above, weight = _coordinates(image.shape[1], rows, align_corners, image)
+    return _interpolate(image[:, below], image[:, above], weight[:, None])
 
 
 def _interpolate(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    return torch.maximum(a + weight * (b - a), torch.minimum(a, b))
+    value, least = a + weight * (b - a), torch.where(b < a, b, a)
+    return torch.where(value < least, least, value)
 
 
 def _coordinates(source: int, destination: int, align_corners: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

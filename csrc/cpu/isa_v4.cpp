@@ -1,0 +1,13 @@
+// The kernels for x86-64-v4.
+// The library headers come first: their inline functions must not be compiled for this instruction set.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <immintrin.h>
+
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define AML_TABLE kernels_v4
+#define AML_VECTOR_BYTES 64
+#include "isa.h"
+#endif

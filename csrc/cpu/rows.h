@@ -1,0 +1,134 @@
+// Reading and writing rows of any type and stride, and resizing a plane row by row.
+#pragma once
+
+#include "../common/resize.h"
+#include "kernels.h"
+
+namespace aml::cpu {
+namespace {
+
+AML_INLINE float from_bf16(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
+
+AML_INLINE float from_f16(uint16_t bits) {
+  const uint32_t magnitude = uint32_t(bits & 0x7FFF) << 13;
+  const float scaled = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112: moves the exponent's bias
+  const uint32_t special = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;     // inf and NaN
+  return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | uint32_t(bits & 0x8000) << 16);
+}
+
+AML_INLINE uint16_t to_bf16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return uint16_t(value != value ? 0x7FC0u : rounded);
+}
+
+AML_INLINE uint16_t to_f16(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), sign = bits & 0x80000000u, u = bits ^ sign;
+  const uint32_t normal = (u + 0xC8000FFFu + ((u >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(u) + 0.5f) - 0x3F000000u;
+  const uint32_t large = u > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t magnitude = u >= 0x47800000u ? large : u < 0x38800000u ? subnormal : normal;
+  return uint16_t(magnitude | sign >> 16);
+}
+
+// `count` elements of `source`, `stride` apart, as T.
+template <class T, class Source, class Convert>
+AML_INLINE void convert(const Source* source, int64_t stride, int64_t count, T* out, Convert one) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) out[i] = T(one(source[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = T(one(source[i * stride]));
+  }
+}
+
+template <class T>
+inline void read(const void* data, Type type, int64_t offset, int64_t stride, int64_t count, T* out) {
+  switch (type) {
+    case Type::f32: return convert((const float*)data + offset, stride, count, out, [](float v) { return v; });
+    case Type::f64: return convert((const double*)data + offset, stride, count, out, [](double v) { return v; });
+    case Type::bf16: return convert((const uint16_t*)data + offset, stride, count, out, [](uint16_t v) { return from_bf16(v); });
+    case Type::f16: return convert((const uint16_t*)data + offset, stride, count, out, [](uint16_t v) { return from_f16(v); });
+    case Type::u8: return convert((const uint8_t*)data + offset, stride, count, out, [](uint8_t v) { return T(v); });
+  }
+}
+
+template <class T>
+inline void write(const T* values, int64_t count, void* data, Type type, int64_t offset) {
+  switch (type) {
+    case Type::f32: for (int64_t i = 0; i < count; ++i) ((float*)data)[offset + i] = float(values[i]); return;
+    case Type::f64: for (int64_t i = 0; i < count; ++i) ((double*)data)[offset + i] = double(values[i]); return;
+    case Type::bf16: for (int64_t i = 0; i < count; ++i) ((uint16_t*)data)[offset + i] = to_bf16(float(values[i])); return;
+    case Type::f16: for (int64_t i = 0; i < count; ++i) ((uint16_t*)data)[offset + i] = to_f16(float(values[i])); return;
+    case Type::u8: return;  // no output has this type
+  }
+}
+
+template <class T>
+constexpr Type native_type = sizeof(T) == 4 ? Type::f32 : Type::f64;
+
+// Columns [first, first + count) of a row: in place where they are T next to each other, else through `buffer`.
+template <class T>
+inline const T* read_row(const Plane& plane, int64_t sample, int64_t row, int64_t first, int64_t count, T* buffer) {
+  const int64_t offset = sample * plane.sample_stride + row * plane.row_stride + first * plane.column_stride;
+  if (plane.type == native_type<T> && plane.column_stride == 1) return (const T*)plane.data + offset;
+  read(plane.data, plane.type, offset, plane.column_stride, count, buffer);
+  return buffer;
+}
+
+// A plane as seen at the target's size, one row of one tile of columns at a time. Resizing along a row is done once
+// per source row; between rows it is a blend of two such rows, so that no pixel needs a gather.
+template <class T>
+class ResizedPlane {
+ public:
+  static int64_t scratch(const Plane& plane, bool resized) {
+    return resized ? 3 * kTileColumns + plane.columns : kTileColumns;
+  }
+
+  ResizedPlane(const Plane& plane, bool resized, const Axis<T>& rows, const Axis<T>& columns, T*& scratch)
+      : plane_(plane), resized_(resized), rows_(rows), columns_(columns), out_(scratch) {
+    for (int slot = 0; slot < 2; ++slot) blended_[slot] = scratch + (1 + slot) * kTileColumns;
+    source_ = scratch + 3 * kTileColumns;
+    scratch += ResizedPlane::scratch(plane, resized);
+  }
+
+  void start_tile(int64_t sample, int64_t first, int64_t count) {
+    sample_ = sample, first_ = first, count_ = count;
+    held_[0] = held_[1] = -1;
+  }
+
+  const T* row(int64_t y) {
+    if (!resized_) return read_row(plane_, sample_, y, first_, count_, out_);
+    const T* a = source_row(rows_.below[y]);
+    const T* b = source_row(rows_.above[y]);
+    const T weight = rows_.weight[y];
+    for (int64_t x = 0; x < count_; ++x) out_[x] = interpolate(a[x], b[x], weight);
+    return out_;
+  }
+
+ private:
+  const T* source_row(int64_t row) {
+    T* out = blended_[row & 1];  // the two neighbours of a row lie in different slots
+    if (held_[row & 1] == row) return out;
+    held_[row & 1] = row;
+    const int32_t* below = columns_.below + first_;
+    const int32_t* above = columns_.above + first_;
+    const T* weight = columns_.weight + first_;
+    const int64_t cell = below[0];
+    const T* in = read_row(plane_, sample_, row, cell, above[count_ - 1] - cell + 1, source_) - cell;
+    for (int64_t x = 0; x < count_; ++x) out[x] = interpolate(in[below[x]], in[above[x]], weight[x]);
+    return out;
+  }
+
+  const Plane& plane_;
+  const bool resized_;
+  const Axis<T>& rows_;
+  const Axis<T>& columns_;
+  T* out_;
+  T* blended_[2];
+  T* source_;
+  int64_t held_[2] = {-1, -1};
+  int64_t sample_ = 0, first_ = 0, count_ = 0;
+};
+
+}  // namespace
+}  // namespace aml::cpu

@@ -1,0 +1,362 @@
+// The loops of pixel_text_similarity. A tile of pixels is multiplied with all words, 32 channels at a time: vectors run
+// along the pixels, eight words at a time stay in registers, and each feature is read from memory once.
+#pragma once
+
+#include "rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace aml::cpu {
+namespace {
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(AML_VECTOR_BYTES)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kLanes = AML_VECTOR_BYTES / sizeof(T);
+constexpr int64_t kChannelBlock = 32;
+constexpr int64_t kWordBlock = 8;
+constexpr double kSmallestNorm = 1e-12;  // as in aml_kernels/reference/similarity.py
+
+#if defined(__AVX512F__)
+AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__FMA__)
+AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return a * b + c; }
+AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return a * b + c; }
+#endif
+
+AML_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
+AML_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
+
+template <class T>
+AML_INLINE Vector<T> load(const T* from) {
+  Vector<T> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+template <class T>
+AML_INLINE void store(T* to, Vector<T> v) { __builtin_memcpy(to, &v, sizeof(v)); }
+template <class T>
+AML_INLINE T horizontal_sum(Vector<T> v) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += v[lane];
+  return sum;
+}
+
+inline int64_t padded_words(int64_t words) { return (words + kWordBlock - 1) / kWordBlock * kWordBlock; }
+
+// Scratch of one tile. Rows of pixels are `tile_pixels` long; the last tile of a sample is padded with zeros.
+template <class T>
+struct Tile {
+  Tile(const SimilarityCall<T>& call, bool backward, T* scratch) : pixels(call.tile_pixels) {
+    const int64_t words = padded_words(call.words);
+    score = take(scratch, words * pixels);
+    factor = take(scratch, pixels);
+    best = take(scratch, pixels);
+    features = take(scratch, (backward ? call.channels : kChannelBlock) * pixels);
+    if (!backward) return;
+    out = take(scratch, kChannelBlock * pixels);
+    sums = take(scratch, words * kChannelBlock * kLanes<T>);
+    active = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * pixels / kLanes<T>));
+  }
+  static int64_t elements(const SimilarityCall<T>& call, bool backward) {
+    const int64_t words = padded_words(call.words), pixels = call.tile_pixels;
+    const int64_t forward = (words + 2 + (backward ? call.channels : kChannelBlock)) * pixels;
+    if (!backward) return forward;
+    return forward + kChannelBlock * (pixels + words * kLanes<T>) + (words + 1) * pixels / kLanes<T>;
+  }
+  static T* take(T*& scratch, int64_t count) {
+    T* here = scratch;
+    scratch += count;
+    return here;
+  }
+
+  const int64_t pixels;
+  T* score;               // [words][pixels]: dot products, in the backward then coefficients of the unit words
+  T* factor;              // [pixels]: squared norm of the features, then the factor from dot product to cosine
+  T* best;                // [pixels]: the similarity; in the backward the coefficient of the feature itself
+  T* features;            // [channels][pixels], where they cannot be used in place
+  T* out = nullptr;       // [kChannelBlock][pixels]: gradient of the features
+  T* sums = nullptr;      // [words][kChannelBlock][lanes]: gradient of the unit words
+  int32_t* active = nullptr;  // [pixels / lanes][1 + words]: how many and which words a strip of pixels has to do with
+};
+
+inline bool linear(const Plane& grid) { return grid.rows == 1 || grid.row_stride == grid.columns * grid.column_stride; }
+
+// Features of `count` pixels from `first` can be read where they lie: T, next to each other, a full tile.
+template <class T>
+inline bool in_place(const SimilarityCall<T>& call, int64_t count) {
+  return call.visual.type == native_type<T> && call.visual.column_stride == 1 && linear(call.visual) && count == call.tile_pixels;
+}
+
+// Copies channels [channel, channel + size) of pixels [first, first + count) to `buffer [size][tile_pixels]`, as T.
+template <class T>
+inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t channel, int64_t size, int64_t first,
+                          int64_t count, T* buffer) {
+  const Plane& v = call.visual;
+  const int64_t base = sample * v.sample_stride + channel * call.channel_stride, pixels = call.tile_pixels;
+  if (call.channel_stride == 1) {  // channels-last: read along the channels
+    T feature[kChannelBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t y = (first + i) / v.columns, x = (first + i) % v.columns;
+      read(v.data, v.type, base + y * v.row_stride + x * v.column_stride, 1, size, feature);
+      for (int64_t c = 0; c < size; ++c) buffer[c * pixels + i] = feature[c];
+    }
+  } else {
+    for (int64_t c = 0; c < size; ++c) {
+      for (int64_t i = 0; i < count;) {
+        const int64_t y = (first + i) / v.columns, x = (first + i) % v.columns;
+        const int64_t run = linear(v) || count - i < v.columns - x ? count - i : v.columns - x;
+        read(v.data, v.type, base + c * call.channel_stride + y * v.row_stride + x * v.column_stride, v.column_stride,
+             run, buffer + c * pixels + i);
+        i += run;
+      }
+    }
+  }
+  for (int64_t c = 0; c < size; ++c) {
+    for (int64_t i = count; i < pixels; ++i) buffer[c * pixels + i] = 0;
+  }
+}
+
+// A block of channels of kLanes pixels times kWordBlock words; sums of a block are added up apart, which halves the
+// digits lost in long sums.
+template <class T>
+inline void multiply_strip(const T* features, int64_t stride, int64_t channels, const T* words, int64_t word_stride,
+                           int64_t prefetch, T* score, int64_t score_stride) {
+  Vector<T> sum[kWordBlock] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vector<T> v = load(features + c * stride);
+    if (prefetch) __builtin_prefetch(features + c * stride + prefetch);
+    for (int64_t j = 0; j < kWordBlock; ++j) sum[j] = multiply_add(v, Vector<T>{} + words[c * word_stride + j], sum[j]);
+  }
+  for (int64_t j = 0; j < kWordBlock; ++j) store(score + j * score_stride, load(score + j * score_stride) + sum[j]);
+}
+
+// Dot products of a tile with all words, and the factor that turns them into cosines (1 if not normalised).
+template <class T>
+inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words, int64_t first,
+                        int64_t count, bool keep_features, Tile<T>& tile) {
+  const int64_t padded = padded_words(words), pixels = tile.pixels;
+  const bool direct = in_place(call, count);
+  for (int64_t i = 0; i < padded * pixels; ++i) tile.score[i] = 0;
+  for (int64_t i = 0; i < pixels; ++i) tile.factor[i] = 0;
+  for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
+    const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
+    T* buffer = tile.features + (keep_features ? channel * pixels : 0);
+    const T* features = buffer;
+    int64_t stride = pixels, prefetch = 0;
+    if (direct) {
+      stride = call.channel_stride;
+      features = (const T*)call.visual.data + sample * call.visual.sample_stride + channel * stride + first;
+      // The next block of channels is fetched while this one is multiplied.
+      if (channel + 2 * kChannelBlock <= call.channels) prefetch = kChannelBlock * stride;
+    } else {
+      copy_features(call, sample, channel, size, first, count, buffer);
+    }
+    for (int64_t i = 0; i < pixels; i += kLanes<T>) {
+      for (int64_t j = 0; j < padded; j += kWordBlock) {
+        multiply_strip(features + i, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
+                       tile.score + j * pixels + i, pixels);
+      }
+      if (!call.normalize) continue;
+      Vector<T> square = {};
+      for (int64_t c = 0; c < size; ++c) {
+        const Vector<T> v = load(features + c * stride + i);
+        square = multiply_add(v, v, square);
+      }
+      store(tile.factor + i, load(tile.factor + i) + square);
+    }
+  }
+  for (int64_t i = 0; i < pixels; ++i) {
+    const T square = tile.factor[i];
+    const T inverse = square > T(kSmallestNorm * kSmallestNorm) ? T(1) / sqrt_of(square) : T(0);
+    tile.factor[i] = call.normalize ? inverse : T(1);
+  }
+}
+
+template <class T>
+void similarity_forward(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words, int64_t first,
+                        int64_t last, T* similarity, T* scratch) {
+  Tile<T> tile(call, false, scratch);
+  const int64_t pixels = tile.pixels;
+  for (int64_t start = first; start < last; start += pixels) {
+    const int64_t count = last - start < pixels ? last - start : pixels;
+    tile_scores(call, sample, panel, words, start, count, false, tile);
+    for (int64_t j = 0; j < words; ++j) {
+      T* score = tile.score + j * pixels;
+      for (int64_t i = 0; i < pixels; ++i) {
+        score[i] = call.scale * (score[i] * tile.factor[i]);
+        tile.best[i] = j == 0 || score[i] > tile.best[i] ? score[i] : tile.best[i];
+      }
+    }
+    if (call.softmax) {
+      T* total = tile.features;
+      for (int64_t i = 0; i < pixels; ++i) total[i] = 0;
+      for (int64_t j = 0; j < words; ++j) {
+        const T* score = tile.score + j * pixels;
+        for (int64_t i = 0; i < pixels; ++i) total[i] += exp_nonpositive(score[i] - tile.best[i]);
+      }
+      for (int64_t i = 0; i < pixels; ++i) tile.best[i] = T(1) / total[i];
+    }
+    for (int64_t i = 0; i < count; ++i) similarity[start + i] = tile.best[i];
+  }
+}
+
+// From dot products to the coefficients of the gradient: score[j] becomes that of unit word j in the gradient of the
+// feature (and of the feature in that of the unit word), best that of the feature itself.
+template <class T>
+inline void tile_coefficients(const SimilarityCall<T>& call, int64_t words, const T* grad, int64_t count, Tile<T>& tile) {
+  const int64_t pixels = tile.pixels, lanes = kLanes<T>;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const T factor = tile.factor[i], g = i < count ? grad[i] : T(0);
+    T* score = tile.score + i;
+    int64_t word = 0;
+    T best = call.scale * (score[0] * factor);
+    for (int64_t j = 1; j < words; ++j) {
+      const T s = call.scale * (score[j * pixels] * factor);
+      if (s > best) best = s, word = j;
+    }
+    T total = 0;
+    for (int64_t j = 0; call.softmax && j < words; ++j) {
+      total += exp_nonpositive(call.scale * (score[j * pixels] * factor) - best);
+    }
+    T along = 0;
+    for (int64_t j = 0; j < words; ++j) {
+      T slope = j == word ? T(1) : T(0);
+      if (call.softmax) slope = (slope - exp_nonpositive(call.scale * (score[j * pixels] * factor) - best) / total) / total;
+      const T coefficient = g == 0 || slope == 0 ? T(0) : g * slope * call.scale * factor;
+      if (coefficient != 0) along += coefficient * score[j * pixels];
+      score[j * pixels] = coefficient;
+    }
+    tile.best[i] = call.normalize ? -along * factor * factor : T(0);
+  }
+  for (int64_t i = 0; i < pixels; i += lanes) {  // most strips have to do with few words
+    int32_t* active = tile.active + i / lanes * (words + 1);
+    active[0] = 0;
+    for (int64_t j = 0; j < words; ++j) {
+      bool any = false;
+      for (int64_t lane = 0; lane < lanes; ++lane) any |= tile.score[j * pixels + i + lane] != 0;
+      if (any) active[++active[0]] = int32_t(j);
+    }
+  }
+}
+
+template <class T>
+void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words, int64_t first,
+                         int64_t last, const T* grad, void* grad_visual, T* grad_text, T* scratch) {
+  Tile<T> tile(call, true, scratch);
+  const int64_t padded = padded_words(words), pixels = tile.pixels, lanes = kLanes<T>;
+  const int64_t grid = call.visual.rows * call.visual.columns;
+  for (int64_t start = first; start < last; start += pixels) {
+    const int64_t count = last - start < pixels ? last - start : pixels;
+    const bool direct = in_place(call, count);
+    tile_scores(call, sample, panel, words, start, count, true, tile);
+    tile_coefficients(call, words, grad + start, count, tile);
+    for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
+      const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
+      const int64_t stride = direct ? call.channel_stride : pixels;
+      const T* features = direct
+          ? (const T*)call.visual.data + sample * call.visual.sample_stride + channel * stride + start
+          : tile.features + channel * pixels;
+      for (int64_t i = 0; i < words * kChannelBlock * lanes; ++i) tile.sums[i] = 0;
+      for (int64_t i = 0; i < pixels; i += lanes) {
+        const int32_t* active = tile.active + i / lanes * (words + 1);
+        const Vector<T> along = load(tile.best + i);
+        for (int64_t c = 0; c < size; ++c) {
+          Vector<T> g = along * load(features + c * stride + i);
+          for (int32_t k = 1; k <= active[0]; ++k) {
+            g = multiply_add(load(tile.score + active[k] * pixels + i), Vector<T>{} + panel[(channel + c) * padded + active[k]], g);
+          }
+          store(tile.out + c * pixels + i, g);
+        }
+        for (int32_t k = 1; k <= active[0]; ++k) {
+          const Vector<T> coefficient = load(tile.score + active[k] * pixels + i);
+          T* sums = tile.sums + active[k] * kChannelBlock * lanes;
+          for (int64_t c = 0; c < size; ++c) {
+            store(sums + c * lanes, multiply_add(coefficient, load(features + c * stride + i), load(sums + c * lanes)));
+          }
+        }
+      }
+      for (int64_t j = 0; j < words; ++j) {
+        for (int64_t c = 0; c < size; ++c) {
+          grad_text[j * call.channels + channel + c] += horizontal_sum<T>(load(tile.sums + (j * kChannelBlock + c) * lanes));
+        }
+      }
+      if (call.gradient_channels_first) {
+        for (int64_t c = 0; c < size; ++c) {
+          write(tile.out + c * pixels, count, grad_visual, call.visual.type, (sample * call.channels + channel + c) * grid + start);
+        }
+      } else {
+        T feature[kChannelBlock];
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < size; ++c) feature[c] = tile.out[c * pixels + i];
+          write(feature, size, grad_visual, call.visual.type, (sample * grid + start + i) * call.channels + channel);
+        }
+      }
+    }
+  }
+}
+
+// The real words of a sample as unit vectors, [channels][padded words]; returns how many there are.
+template <class T>
+int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* panel, int32_t* word_index, T* inverse_norm,
+                           T* row) {
+  int64_t words = 0;
+  for (int64_t j = 0; j < call.words; ++j) {
+    T real = 1;
+    if (call.text_mask.data) real = *read_row(call.text_mask, sample, 0, j, 1, &real);
+    if (real != 0) word_index[words++] = int32_t(j);
+  }
+  const int64_t padded = padded_words(words);
+  for (int64_t i = 0; i < call.channels * padded; ++i) panel[i] = 0;
+  bool poisoned = false;
+  for (int64_t k = 0; k < words; ++k) {
+    const T* word = read_row(call.text, sample, word_index[k], 0, call.channels, row);
+    double square = 0;
+    for (int64_t c = 0; c < call.channels; ++c) square += double(word[c]) * double(word[c]);
+    const bool direction = !(square <= kSmallestNorm * kSmallestNorm);
+    inverse_norm[k] = call.normalize ? (direction ? T(1 / __builtin_sqrt(square)) : T(0)) : T(1);
+    for (int64_t c = 0; c < call.channels; ++c) panel[c * padded + k] = word[c] * inverse_norm[k];
+    poisoned |= square != square;
+  }
+  // A comparison with NaN is never true, so that NaN in any word but the first would pass unseen.
+  if (poisoned) panel[0] = __builtin_nan("");
+  return words;
+}
+
+// Through the normalisation of the words, and to where the real words stand in `text`.
+template <class T>
+void similarity_finish_text(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words,
+                            const int32_t* word_index, const T* inverse_norm, T* grad_text, void* gradient) {
+  const int64_t padded = padded_words(words);
+  int64_t k = 0;
+  for (int64_t j = 0; j < call.words; ++j) {
+    T* g = grad_text + k * call.channels;
+    const bool real = k < words && word_index[k] == j;
+    T* out = real ? g : grad_text + words * call.channels;  // one row more than there are words: zeros
+    if (real && call.normalize) {
+      double along = 0;
+      for (int64_t c = 0; c < call.channels; ++c) along += double(g[c]) * double(panel[c * padded + k]);
+      for (int64_t c = 0; c < call.channels; ++c) g[c] = inverse_norm[k] * (g[c] - T(along) * panel[c * padded + k]);
+    }
+    write(out, call.channels, gradient, call.text.type, (sample * call.words + j) * call.channels);
+    k += real;
+  }
+}
+
+template <class T>
+constexpr SimilarityKernels<T> similarity_table() {
+  return {Tile<T>::elements, similarity_prepare<T>, similarity_forward<T>, similarity_backward<T>, similarity_finish_text<T>};
+}
+
+}  // namespace
+}  // namespace aml::cpu
