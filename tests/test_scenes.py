@@ -37,11 +37,11 @@ def read(sentence: str, scene) -> list[int]:
         return related(relation, [i for i in alike(phrase, scene) if i != anchor], anchor, scene)
     if match := re.fullmatch(f"(second|third) ({WORD}) from the (left|right)", sentence):
         ordinal, phrase, side = match.groups()
-        return [ordered(phrase, side, scene)[("second", "third").index(ordinal) + 1]]
+        return placed(phrase, side, ("second", "third").index(ordinal) + 1, scene)
     if match := re.fullmatch(f"({WORD}) on the (left|right)", sentence):
-        return [ordered(match[1], match[2], scene)[0]]
+        return placed(match[1], match[2], 0, scene)
     if match := re.fullmatch(f"({'|'.join(SIDE)}) ({WORD})", sentence):
-        return [ordered(match[2], match[1], scene)[0]]
+        return placed(match[2], match[1], 0, scene)
     if match := re.fullmatch(f"(largest|smallest) ({WORD})", sentence):
         by_size = sorted(alike(match[2], scene), key=lambda i: scene.objects[i].radius)
         return [by_size[-1 if match[1] == "largest" else 0]]
@@ -59,11 +59,14 @@ def alike(phrase: str, scene) -> list[int]:
     ]
 
 
-def ordered(phrase: str, side: str, scene) -> list[int]:
+def placed(phrase: str, side: str, rank: int, scene) -> list[int]:
+    """The object of that rank from that side, if no other is so near along this axis that one could doubt."""
     axis, direction = SIDE[side]
     group = alike(phrase, scene)
     assert len(group) > 1, f"{side} {phrase}: a position that is not needed"
-    return sorted(group, key=lambda i: direction * getattr(scene.objects[i], axis))
+    places = {i: direction * getattr(scene.objects[i], axis) for i in group}
+    chosen = sorted(group, key=places.get)[rank]
+    return [i for i in group if abs(places[i] - places[chosen]) < 0.09]
 
 
 def related(relation: str, group: list[int], anchor: int, scene) -> list[int]:

@@ -20,8 +20,7 @@ Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 # First word of each random stream's key, so that the order of an epoch and its samples are independent.
 _ORDER_STREAM, _ITEM_STREAM = 0, 1
-# Augmentation: at most this part of the picture is cut off at each side, and colours change by at most this
-# factor.
+# Augmentation: at most this part of the picture is cut off at each side; colours change by this factor or less.
 _LARGEST_CUT = 0.1
 _COLOUR_RANGE = 0.2
 
@@ -49,8 +48,7 @@ class RISDataset(Dataset):
         mean, std: of the model's images, per channel, for values in [0, 1].
         train: one item per object (True) or per sentence (False).
         seed: of sentence choice and augmentation, not negative.
-        augment: mild crop and colour jitter in training. Pictures are never mirrored: sentences say left and
-            right.
+        augment: mild crop and colour jitter in training; never a mirror image, as sentences say left and right.
 
     Raises (on reading an item):
         OSError: the image is missing or damaged; the message names file and sample.
@@ -134,8 +132,11 @@ class RISDataset(Dataset):
             box = (0, 0, image.width, image.height)
             pixels = (_resized_image(image, box, self.image_size) - self._mean) / self._std
             self._last_photo = (expression.ref_id, pixels, _resized_mask(mask, box, self.image_size), mask)
-        pixels, target, mask = (torch.from_numpy(array.copy()) for array in self._last_photo[1:])
-        return {"image": pixels, "target": target, "full_target": mask, **self._labels(key, key)}
+        photo = {
+            name: torch.from_numpy(array.copy())
+            for name, array in zip(("image", "target", "full_target"), self._last_photo[1:], strict=True)
+        }
+        return photo | self._labels(key, key)
 
     def _labels(self, position: int, index: int) -> dict[str, Any]:
         return {
@@ -150,7 +151,7 @@ class RISDataset(Dataset):
         try:
             with Image.open(expression.image_path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise many types for damaged files
             raise OSError(f"{where} was not read ({error}); get the file again") from error
         if image.size != (expression.width, expression.height):
             raise ValueError(

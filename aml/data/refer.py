@@ -7,6 +7,7 @@ COCO has it.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class ReferDataset:
                 " ('test' selects all test splits together)"
             )
         self._require_images(refs, split)
-        return [self._expression(ref, sentence) for ref in refs for sentence in ref["sentences"]]
+        return [expression for ref in refs for expression in self._expressions_of(ref)]
 
     def mask(self, expression: Expression) -> np.ndarray:
         """The target of `expression`: uint8 [height, width] of 0 and 1, the union of its annotations.
@@ -178,27 +179,27 @@ class ReferDataset:
                 " Complete it, or give the right folder as images="
             )
 
-    def _expression(self, ref: dict[str, Any], sentence: dict[str, Any]) -> Expression:
+    def _expressions_of(self, ref: dict[str, Any]) -> Iterator[Expression]:
         image = self._images[ref["image_id"]]
+        image_path = self.image_folder / image["file_name"]
         annotation_ids = ref["annotation_ids"]
-        if self.field not in sentence:
-            raise ValueError(
-                f"ref {ref['ref_id']}: sentence {sentence['sent_id']} has no field {self.field!r}"
-            )
         category = self._annotations[annotation_ids[0]]["category_id"] if annotation_ids else None
-        return Expression(
-            sample_id=f"{ref['ref_id']}-{sentence['sent_id']}",
-            ref_id=ref["ref_id"],
-            sent_id=sentence["sent_id"],
-            annotation_ids=annotation_ids,
-            image_id=ref["image_id"],
-            image_path=self.image_folder / image["file_name"],
-            height=image["height"],
-            width=image["width"],
-            sentence=sentence[self.field],
-            split=ref["split"],
-            category=self.categories.get(category, ""),
-        )
+        for sentence in ref["sentences"]:
+            if self.field not in sentence:
+                raise ValueError(f"ref {ref['ref_id']}: sentence {sentence['sent_id']} has no {self.field!r}")
+            yield Expression(
+                sample_id=f"{ref['ref_id']}-{sentence['sent_id']}",
+                ref_id=ref["ref_id"],
+                sent_id=sentence["sent_id"],
+                annotation_ids=annotation_ids,
+                image_id=ref["image_id"],
+                image_path=image_path,
+                height=image["height"],
+                width=image["width"],
+                sentence=sentence[self.field],
+                split=ref["split"],
+                category=self.categories.get(category, ""),
+            )
 
 
 def _checked_refs(refs: Any, path: Path) -> list[dict[str, Any]]:
