@@ -20,7 +20,7 @@ Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 # First word of each random stream's key, so that the order of an epoch and its samples are independent.
 _ORDER_STREAM, _ITEM_STREAM = 0, 1
-# Augmentation: at most this part of the picture is cut off at each side; colours change by this factor or less.
+# Augmentation: at most this part of the picture is cut off at each side; colours change by this at most.
 _LARGEST_CUT = 0.1
 _COLOUR_RANGE = 0.2
 
@@ -48,7 +48,7 @@ class RISDataset(Dataset):
         mean, std: of the model's images, per channel, for values in [0, 1].
         train: one item per object (True) or per sentence (False).
         seed: of sentence choice and augmentation, not negative.
-        augment: mild crop and colour jitter in training; never a mirror image, as sentences say left and right.
+        augment: mild crop and colour jitter in training; never mirrored, as sentences say left and right.
 
     Raises (on reading an item):
         OSError: the image is missing or damaged; the message names file and sample.
