@@ -1,4 +1,4 @@
-"""What ends a command without being a bug. Apart from the modules that raise them, so that `aml.cli` stays light."""
+"""What ends a command without being a bug; here, so that `aml.cli` need not import the modules that raise it."""
 
 
 class CheckpointError(RuntimeError):

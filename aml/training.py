@@ -25,6 +25,7 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -87,6 +88,7 @@ def train(config: Config, *, resume: bool = False, allow_change: Sequence[str] =
     refer = open_data(config)
     if config.train.tensorboard:
         tensorboard_writer()
+    AcceleratorState._reset_state()  # or a second run in this process could not have another precision
     accelerator = accelerate.Accelerator(
         mixed_precision=config.train.precision, gradient_accumulation_steps=config.train.accumulate
     )
@@ -278,6 +280,9 @@ class _Trainer:
 
     def _evaluate(self) -> None:
         """Metrics of the validation split, by sample id over all ranks; remembers the best. Collective."""
+        if self.world > 1:
+            for buffer in self.model.buffers():  # batch norm's statistics have moved apart since the last step
+                torch.distributed.broadcast(buffer, src=0)
         records = evaluation.evaluate(
             self.model,
             self.val_set,

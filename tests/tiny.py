@@ -1,0 +1,104 @@
+"""A run that takes seconds: rendered scenes, a narrow text encoder, a backbone of 80 000 weights."""
+
+import datetime
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+from aml.data.scenes import render_scenes
+
+
+def write_data(root: Path, train: int = 6, val: int = 2) -> Path:
+    return render_scenes(root, train=train, val=val, image_size=64, seed=3)
+
+
+def write_text_encoder(folder: Path) -> Path:
+    """A folder that transformers reads: configuration and tokenizer, no weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = "the a red blue green yellow circle square triangle star large small left right of on in".split()
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    BertConfig(
+        vocab_size=len(special + words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    ).save_pretrained(folder)
+    return folder
+
+
+def settings(data: Path, text_encoder: Path, out: Path, *more: str) -> list[str]:
+    """Words for `aml.config.load`: 3 steps an epoch, open averages at most checkpoints, dropout at work."""
+    return [
+        f"data.root={data}",
+        f"train.out={out}",
+        "model.backbone=test_efficientnet",
+        f"model.text_encoder={text_encoder}",
+        "model.pretrained=false",
+        "model.image_size=64",
+        "model.max_tokens=12",
+        "model.dim=64",
+        "model.layers=1",
+        "alignment.dim=8",
+        "train.batch_size=4",
+        "train.workers=0",
+        "train.log_every=2",
+        *more,
+    ]
+
+
+# Child processes come from a server that has done the slow imports once, and has run no thread of torch.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["aml.training"])
+
+
+def start(function, *arguments) -> multiprocessing.Process:
+    process = _processes.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def train(words: list[str]) -> None:
+    import torch
+
+    from aml import cli
+
+    torch.set_num_threads(1)
+    raise SystemExit(cli.main(["train", *words]))
+
+
+def train_as_rank(rank: int, rendezvous: str, jobs: list[tuple[list[str], int | None, bool]]) -> None:
+    """One of two processes. jobs: (settings, step at which to stop or None, whether to resume)."""
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    import torch
+
+    from aml import training
+    from aml.config import load
+    from aml.errors import Stopped
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timeout
+    )
+    for words, stop, resume in jobs:
+        training._Trainer._agreed = lambda self, _, stop=stop: signal.SIGTERM * (self.progress.step == stop)
+        try:
+            training.train(load(None, words), resume=resume)
+            assert stop is None
+        except Stopped:
+            assert stop is not None
+    torch.distributed.destroy_process_group()
