@@ -276,9 +276,11 @@ def _hint(key: str) -> str:
     """What an unknown name may have meant: the same name elsewhere, a near spelling, or what there is."""
     names = [f"{section}.{f.name}" for section, kind in _SECTIONS.items() for f in fields(kind)]
     section, _, leaf = key.rpartition(".")
-    near = [n for n in names if n.partition(".")[2] == (leaf or key)]
-    candidates = names if "." in key else [*_SECTIONS, *names]
-    near = near or difflib.get_close_matches(key, candidates, n=2, cutoff=0.7)
+    near = [name for name in names if name.partition(".")[2] == leaf]
+    near = near or difflib.get_close_matches(key, names if section else [*_SECTIONS, *names], n=2, cutoff=0.7)
+    if not near and section not in _SECTIONS:
+        leaves = difflib.get_close_matches(leaf, [name.partition(".")[2] for name in names], n=1, cutoff=0.7)
+        near = [name for name in names if name.partition(".")[2] in leaves]
     if near:
         return "; did you mean " + " or ".join(near) + "?"
     if section in _SECTIONS:

@@ -1,4 +1,4 @@
-"""What ends a command without being a bug; here, so that `aml.cli` need not import the modules that raise it."""
+"""What ends a command without being a bug; here, so that `aml.cli` need not import what raises it."""
 
 
 class CheckpointError(RuntimeError):

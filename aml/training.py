@@ -274,14 +274,14 @@ class _Trainer:
         saved = checkpoint.read_pointer(self.out / "checkpoints" / "last") or "no checkpoint yet"
         return (
             f"the loss or its gradient is not finite from step {step} on. Its samples: "
-            f"{', '.join(self.samples[first])}. Last good state: {saved}. Look at these samples, or try a lower "
-            f"optim.lr, a longer optim.warmup, train.precision=no"
+            f"{', '.join(self.samples[first])}. Last good state: {saved}. Look at these samples, or try a "
+            f"lower optim.lr, a longer optim.warmup, train.precision=no"
         )
 
     def _evaluate(self) -> None:
         """Metrics of the validation split, by sample id over all ranks; remembers the best. Collective."""
         if self.world > 1:
-            for buffer in self.model.buffers():  # batch norm's statistics have moved apart since the last step
+            for buffer in self.model.buffers():  # batch norm's statistics have moved apart in the last step
                 torch.distributed.broadcast(buffer, src=0)
         records = evaluation.evaluate(
             self.model,
@@ -347,10 +347,11 @@ class _Trainer:
         }
         refused = [name for name in changed if name not in allow_change]
         if refused:
+            allow = " ".join(f"--allow-change {name}" for name in refused)
             raise ResumeError(
                 f"{path} is of a run that went otherwise:\n  "
                 + "\n  ".join(changed[name] for name in refused)
-                + f"\nRestore that, or accept the change with {' '.join(f'--allow-change {name}' for name in refused)}"
+                + f"\nRestore that, or accept the change with {allow}"
             )
         checkpoint.load_weights(path, model=self.model, aligner=self.aligner)
         self.optimizer.load_state_dict(snapshot.optimizer)
