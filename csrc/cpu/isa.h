@@ -7,7 +7,7 @@ namespace aml::cpu {
 
 extern const Kernels AML_TABLE;
 const Kernels AML_TABLE = {
-    masked_loss_table<float>(), masked_loss_table<double>(), sample_quantile<float>, sample_quantile<double>,
+    masked_loss_table<float>(), masked_loss_table<double>(), quantile_table<float>(), quantile_table<double>(),
     similarity_table<float>(), similarity_table<double>(),
 };
 

@@ -59,6 +59,12 @@ struct QuantileCall {
 };
 
 template <class T>
+struct QuantileKernels {
+  int64_t (*scratch)(const QuantileCall<T>&);  // elements of T
+  T (*quantile)(const QuantileCall<T>&, int64_t sample, T q, T* scratch);
+};
+
+template <class T>
 struct SimilarityCall {
   Plane visual;            // of one channel: rows and columns are those of the grid
   int64_t channel_stride, channels;
@@ -89,8 +95,8 @@ struct SimilarityKernels {
 struct Kernels {
   MaskedLossKernels<float> masked_loss_f32;
   MaskedLossKernels<double> masked_loss_f64;
-  float (*quantile_f32)(const QuantileCall<float>&, int64_t sample, float q);
-  double (*quantile_f64)(const QuantileCall<double>&, int64_t sample, double q);
+  QuantileKernels<float> quantile_f32;
+  QuantileKernels<double> quantile_f64;
   SimilarityKernels<float> similarity_f32;
   SimilarityKernels<double> similarity_f64;
 };
@@ -107,9 +113,8 @@ const auto& similarity_kernels() {
   if constexpr (sizeof(T) == 4) return kernels().similarity_f32; else return kernels().similarity_f64;
 }
 template <class T>
-T quantile(const QuantileCall<T>& call, int64_t sample, T q) {
-  if constexpr (sizeof(T) == 4) return kernels().quantile_f32(call, sample, q);
-  else return kernels().quantile_f64(call, sample, q);
+const auto& quantile_kernels() {
+  if constexpr (sizeof(T) == 4) return kernels().quantile_f32; else return kernels().quantile_f64;
 }
 
 }  // namespace aml::cpu

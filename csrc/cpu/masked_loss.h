@@ -116,7 +116,8 @@ inline void gradient_row(const PixelRows<T>& row, int64_t count, T limit, bool p
     const bool keep = (exists[x] != 0) & ((similarity[x] >= limit) | (protect_target & is_target));
     const T z = keep ? z_row[x] : T(0);
     const T y = keep ? label : T(0);
-    out[x] = keep ? pixel_gradient(z, y, g, negative_weight, weight_step) : T(0);
+    const T slope = pixel_gradient(z, y, g, negative_weight, weight_step);
+    out[x] = keep ? slope : T(0);
   }
 }
 

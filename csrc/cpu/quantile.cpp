@@ -38,8 +38,9 @@ static Tensor quantiles(const Tensor& values, double q, const OptionalTensor& q_
   // As thresholds are: one number, or one for each sample.
   Scratch<T> fraction(samples);
   sample_limits<T>({q_per_sample, q, std::nullopt, false}, {}, {}, samples, fraction);
-  torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) out[b] = quantile<T>(call, b, fraction[b]);
+  const auto& kernel = quantile_kernels<T>();
+  parallel_tasks<T>(samples, kernel.scratch(call), [&](int64_t b, T* scratch) {
+    out[b] = kernel.quantile(call, b, fraction[b], scratch);
   });
   return result;
 }

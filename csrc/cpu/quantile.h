@@ -1,9 +1,14 @@
-// The loop of sample_quantile: radix selection on ordered keys, eleven bits a pass, nothing stored but a histogram.
+// The loop of sample_quantile. A guess from a few values says between which two the quantile lies; one pass counts what
+// is smaller and sets aside what lies between; radix selection finds it there, exactly.
 #pragma once
 
 #include <limits>
 
 #include "rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace aml::cpu {
 namespace {
@@ -39,81 +44,210 @@ inline void for_each_block(const QuantileCall<T>& call, int64_t sample, Visit vi
 inline int bit_width(uint32_t bits) { return bits ? 32 - __builtin_clz(bits) : 0; }
 inline int bit_width(uint64_t bits) { return bits ? 64 - __builtin_clzll(bits) : 0; }
 
-template <class T>
-T sample_quantile(const QuantileCall<T>& call, int64_t sample, T q) {
-  using Key = decltype(ordered_key(T()));
-  constexpr int key_bits = 8 * sizeof(Key);
-  constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+// The keys at `place` and `place + 1` in the order of `keys`, which are overwritten: eleven bits at a time.
+template <class Key>
+struct Selected {
+  Key key, next;  // next is the largest number if there is none
+};
 
-  int64_t count = 0, nans = 0;
+template <class Key>
+Selected<Key> select(Key* keys, int64_t count, int64_t place) {
   Key least = ~Key(0), greatest = 0;
-  for_each_block(call, sample, [&](const T* values, int64_t size) {
-    int64_t block_nans = 0;
-    Key low = ~Key(0), high = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      const Key key = ordered_key(values[i]);
-      low = key < low ? key : low;
-      high = key > high ? key : high;
-      block_nans += values[i] != values[i];
-    }
-    least = low < least ? low : least;
-    greatest = high > greatest ? high : greatest;
-    count += size, nans += block_nans;
-  });
-  if (count == 0 || nans > 0 || !(q >= 0 && q <= 1)) return nan;
-  const Rank<T> rank = quantile_rank(q, count, call.interpolation, call.rank_in_fp64);
-
-  // The leading bits that least and greatest share are those of every key.
-  int shift = bit_width(least ^ greatest);
-  Key prefix = shift < key_bits ? least >> shift : Key(0);  // bits of the answer above `shift`
-  int64_t place = rank.below;                                // among the keys with this prefix
-  int64_t equal = count;                                     // how many keys have it
+  for (int64_t i = 0; i < count; ++i) {
+    least = keys[i] < least ? keys[i] : least;
+    greatest = keys[i] > greatest ? keys[i] : greatest;
+  }
+  Key next = ~Key(0);
+  int shift = bit_width(Key(least ^ greatest));  // the leading bits that all keys share need no search
   while (shift > 0) {
     const int digit_bits = shift < kDigitBits ? shift : kDigitBits;
-    const int below = shift - digit_bits;
-    uint32_t histogram[kCopies][kBins] = {};
-    const int prefix_shift = shift;
-    for_each_block(call, sample, [&](const T* values, int64_t size) {
-      Key keys[kTileColumns];
-      for (int64_t i = 0; i < size; ++i) keys[i] = ordered_key(values[i]);
-      if (prefix_shift == key_bits) {
-        for (int64_t i = 0; i < size; ++i) ++histogram[i & (kCopies - 1)][keys[i] >> below];
-      } else {
-        const Key digit = (Key(1) << digit_bits) - 1;
-        for (int64_t i = 0; i < size; ++i) {
-          if (keys[i] >> prefix_shift == prefix) ++histogram[i & (kCopies - 1)][keys[i] >> below & digit];
-        }
-      }
-    });
-    int bin = 0;
+    const Key digit = (Key(1) << digit_bits) - 1;
+    shift -= digit_bits;
+    uint32_t histogram[kCopies][kBins];
+    for (int copy = 0; copy < kCopies; ++copy) {
+      for (int64_t bin = 0; bin <= int64_t(digit); ++bin) histogram[copy][bin] = 0;
+    }
+    for (int64_t i = 0; i < count; ++i) ++histogram[i & (kCopies - 1)][keys[i] >> shift & digit];
+    Key bin = 0;
     for (;; ++bin) {
       int64_t in_bin = 0;
       for (int copy = 0; copy < kCopies; ++copy) in_bin += histogram[copy][bin];
-      equal = in_bin;
       if (place < in_bin) break;
       place -= in_bin;
     }
-    prefix = prefix << digit_bits | Key(bin);
-    shift = below;
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Key key = keys[i], its_bin = key >> shift & digit;
+      keys[left] = key;
+      left += its_bin == bin;
+      next = its_bin > bin && key < next ? key : next;  // all keys here agree above `shift`
+    }
+    count = left;
   }
-  const Key low = prefix;
-  Key high = low;
-  if (rank.above > rank.below && place + 1 >= equal) {  // the next place holds the next larger key
-    high = ~Key(0);
+  return {keys[0], place + 1 < count ? keys[0] : next};
+}
+
+// The values in [low, high], appended to `out` as long as there is room; how many there are, are smaller, are NaN.
+template <class T>
+struct Bracket {
+  T low, high;
+  int64_t inside = 0, smaller = 0, nans = 0, all = 0;
+};
+
+template <class T, class Key>
+inline void collect(Bracket<T>& bracket, const T* values, int64_t count, Key* out, int64_t room) {
+  const T low = bracket.low, high = bracket.high;
+  int32_t smaller = 0, nans = 0, inside = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    smaller += values[i] < low;
+    nans += values[i] != values[i];
+    inside += (values[i] >= low) & (values[i] <= high);
+  }
+  bracket.smaller += smaller, bracket.nans += nans, bracket.all += count;
+  if (bracket.inside + count <= room) {
+    Key* to = out + bracket.inside;
+    int64_t i = 0, n = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      for (; i + 16 <= count; i += 16) {
+        const __m512 v = _mm512_loadu_ps(values + i);
+        const __mmask16 chosen = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, _mm512_set1_ps(high), _CMP_LE_OQ);
+        _mm512_storeu_si512(to + n, _mm512_maskz_compress_epi32(chosen, _mm512_castps_si512(v)));
+        n += __builtin_popcount(chosen);
+      }
+    }
+#endif
+    for (; i < count; ++i) {
+      to[n] = bit_cast<Key>(values[i]);
+      n += (values[i] >= low) & (values[i] <= high);
+    }
+    for (i = 0; i < n; ++i) to[i] = ordered_key(bit_cast<T>(to[i]));
+  }
+  bracket.inside += inside;
+}
+
+constexpr int64_t kSample = 2048;  // values looked at to guess between which two the quantile lies
+constexpr int64_t kOverrun = 64;   // a vector may be stored past the last key
+
+// Room for keys: all of a short sample, an eighth of a long one.
+template <class T>
+int64_t quantile_scratch(const QuantileCall<T>& call) {
+  const int64_t count = call.values.rows * call.values.columns, eighth = count / 8;
+  return (eighth > 8 * kSample ? eighth : count < 8 * kSample ? count : 8 * kSample) + kTileColumns + kOverrun;
+}
+
+// Two values that the quantile most likely lies between.
+template <class T, class Key>
+inline bool guess_bracket(const QuantileCall<T>& call, int64_t sample, T q, Key* keys, Bracket<T>& bracket) {
+  const int64_t all = call.values.rows * call.values.columns;
+  int64_t found = 0;
+  for (int64_t i = 0; i < kSample; ++i) {
+    // Evenly spread, a little irregular against patterns in the rows.
+    const int64_t at = int64_t((uint64_t(i) * uint64_t(all) + uint64_t(i * 40503 % kSample) * uint64_t(all / kSample)) / kSample % uint64_t(all));
+    const int64_t y = at / call.values.columns, x = at % call.values.columns;
+    T there = 1, value = 0;
+    if (call.valid.data) there = *read_row(call.valid, sample, y, x, 1, &there);
+    value = *read_row(call.values, sample, y, x, 1, &value);
+    if (there != 0 && value == value) keys[found++] = ordered_key(value);
+  }
+  if (found < kSample / 4) return false;
+  const int64_t middle = int64_t(q * T(found - 1)), margin = found / 20;  // about four standard deviations
+  Key* copy = keys + found;
+  for (int64_t i = 0; i < found; ++i) copy[i] = keys[i];
+  const T infinity = std::numeric_limits<T>::infinity();
+  bracket.low = middle < margin ? -infinity : from_ordered_key(select(keys, found, middle - margin).key);
+  bracket.high = middle + margin >= found ? infinity : from_ordered_key(select(copy, found, middle + margin).key);
+  return true;
+}
+
+// The key at `place` of a sample's values, by histograms over all of them: for where the guess was wrong or there are
+// too many equal values to set aside.
+template <class T, class Key>
+Key select_by_passes(const QuantileCall<T>& call, int64_t sample, int64_t place) {
+  int shift = 8 * sizeof(Key);
+  Key prefix = 0;
+  while (shift > 0) {
+    const int digit_bits = shift < kDigitBits ? shift : kDigitBits;
+    const Key digit = (Key(1) << digit_bits) - 1;
+    const int above = shift;
+    shift -= digit_bits;
+    uint32_t histogram[kCopies][kBins + 1] = {};
     for_each_block(call, sample, [&](const T* values, int64_t size) {
-      Key next = ~Key(0);
+      int32_t bins[kTileColumns];
       for (int64_t i = 0; i < size; ++i) {
         const Key key = ordered_key(values[i]);
-        next = key > low && key < next ? key : next;
+        const bool matches = above == 8 * sizeof(Key) || key >> (above & (8 * sizeof(Key) - 1)) == prefix;
+        bins[i] = matches ? int32_t(key >> shift & digit) : kBins;
       }
-      high = next < high ? next : high;
+      for (int64_t i = 0; i < size; ++i) ++histogram[i & (kCopies - 1)][bins[i]];
     });
+    Key bin = 0;
+    for (;; ++bin) {
+      int64_t in_bin = 0;
+      for (int copy = 0; copy < kCopies; ++copy) in_bin += histogram[copy][bin];
+      if (place < in_bin) break;
+      place -= in_bin;
+    }
+    prefix = prefix << digit_bits | bin;
+  }
+  return prefix;
+}
+
+// The smallest key above `key`, or `key` itself if more than `place` + 1 values are not above it.
+template <class T, class Key>
+Key next_key(const QuantileCall<T>& call, int64_t sample, Key key, int64_t place) {
+  int64_t not_above = 0;
+  Key next = ~Key(0);
+  for_each_block(call, sample, [&](const T* values, int64_t size) {
+    Key least = ~Key(0);
+    int32_t count = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const Key other = ordered_key(values[i]);
+      count += other <= key;
+      least = other > key && other < least ? other : least;
+    }
+    not_above += count;
+    next = least < next ? least : next;
+  });
+  return not_above > place + 1 ? key : next;
+}
+
+template <class T>
+T sample_quantile(const QuantileCall<T>& call, int64_t sample, T q, T* scratch) {
+  using Key = decltype(ordered_key(T()));
+  constexpr T nan = std::numeric_limits<T>::quiet_NaN(), infinity = std::numeric_limits<T>::infinity();
+  Key* keys = reinterpret_cast<Key*>(scratch);
+  const int64_t room = quantile_scratch(call) - kOverrun;
+
+  // One pass sets aside the values around the quantile; a short sample is set aside whole.
+  Bracket<T> bracket{-infinity, infinity};
+  if (!(q >= 0 && q <= 1)) return nan;
+  if (call.values.rows * call.values.columns > 8 * kSample) guess_bracket(call, sample, q, keys, bracket);
+  for_each_block(call, sample, [&](const T* values, int64_t size) { collect(bracket, values, size, keys, room); });
+  if (bracket.all == 0 || bracket.nans > 0) return nan;
+
+  const Rank<T> rank = quantile_rank(q, bracket.all, call.interpolation, call.rank_in_fp64);
+  const int64_t place = rank.below - bracket.smaller;
+  const bool set_aside = bracket.inside + kTileColumns <= room && place >= 0 && place < bracket.inside;
+  Key low, high;
+  if (set_aside) {
+    const Selected<Key> selected = select(keys, bracket.inside, place);
+    low = selected.key;
+    high = place + 1 < bracket.inside || rank.above == rank.below ? selected.next : next_key(call, sample, low, rank.below);
+  } else {
+    low = select_by_passes<T, Key>(call, sample, rank.below);
+    high = rank.above > rank.below ? next_key(call, sample, low, rank.below) : low;
   }
   const T value = from_ordered_key(low);
   if (call.interpolation == Interpolation::linear || call.interpolation == Interpolation::midpoint) {
-    return lerp(value, from_ordered_key(high), rank.weight);
+    return lerp(value, from_ordered_key(rank.above > rank.below ? high : low), rank.weight);
   }
   return value;
+}
+
+template <class T>
+constexpr QuantileKernels<T> quantile_table() {
+  return {quantile_scratch<T>, sample_quantile<T>};
 }
 
 }  // namespace

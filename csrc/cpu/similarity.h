@@ -2,6 +2,8 @@
 // along the pixels, eight words at a time stay in registers, and each feature is read from memory once.
 #pragma once
 
+#include <type_traits>
+
 #include "rows.h"
 
 #if defined(__x86_64__)
@@ -45,11 +47,45 @@ AML_INLINE Vector<T> load(const T* from) {
 }
 template <class T>
 AML_INLINE void store(T* to, Vector<T> v) { __builtin_memcpy(to, &v, sizeof(v)); }
-template <class T>
-AML_INLINE T horizontal_sum(Vector<T> v) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += v[lane];
+#if defined(__AVX512F__)
+AML_INLINE float horizontal_sum(Vector<float> v) { return _mm512_reduce_add_ps((__m512)v); }
+AML_INLINE double horizontal_sum(Vector<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
+#else
+template <class V>
+AML_INLINE auto horizontal_sum(V v) {
+  auto sum = v[0];
+  for (size_t lane = 1; lane < sizeof(v) / sizeof(sum); ++lane) sum += v[lane];
   return sum;
+}
+#endif
+
+// Transposes a square of kLanes x kLanes elements, by exchanging ever smaller halves.
+template <class T>
+AML_INLINE void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  typedef Index Indices __attribute__((vector_size(AML_VECTOR_BYTES)));
+  constexpr int lanes = kLanes<T>;
+  Vector<T> row[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) row[i] = load(in + i * in_stride);
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    Indices low, high;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < lanes; ++lane) {
+      low[lane] = lane & half ? lanes + lane - half : lane;
+      high[lane] = lane & half ? lanes + lane : lane + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & half) continue;
+      const Vector<T> a = row[i], b = row[i + half];
+      row[i] = __builtin_shuffle(a, b, low);
+      row[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(out + i * out_stride, row[i]);
 }
 
 inline int64_t padded_words(int64_t words) { return (words + kWordBlock - 1) / kWordBlock * kWordBlock; }
@@ -104,26 +140,40 @@ inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t
                           int64_t count, T* buffer) {
   const Plane& v = call.visual;
   const int64_t base = sample * v.sample_stride + channel * call.channel_stride, pixels = call.tile_pixels;
-  if (call.channel_stride == 1) {  // channels-last: read along the channels
-    T feature[kChannelBlock];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t y = (first + i) / v.columns, x = (first + i) % v.columns;
-      read(v.data, v.type, base + y * v.row_stride + x * v.column_stride, 1, size, feature);
-      for (int64_t c = 0; c < size; ++c) buffer[c * pixels + i] = feature[c];
-    }
-  } else {
-    for (int64_t c = 0; c < size; ++c) {
-      for (int64_t i = 0; i < count;) {
-        const int64_t y = (first + i) / v.columns, x = (first + i) % v.columns;
-        const int64_t run = linear(v) || count - i < v.columns - x ? count - i : v.columns - x;
-        read(v.data, v.type, base + c * call.channel_stride + y * v.row_stride + x * v.column_stride, v.column_stride,
-             run, buffer + c * pixels + i);
-        i += run;
+  if (call.channel_stride == 1) {  // channels-last: read along the channels, a square at a time
+    T strip[kLanes<T> * kChannelBlock] = {};
+    for (int64_t i = 0; i < pixels; i += kLanes<T>) {
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        T* feature = strip + lane * kChannelBlock;
+        const int64_t pixel = first + i + lane, y = pixel / v.columns, x = pixel % v.columns;
+        if (i + lane < count) {
+          read(v.data, v.type, base + y * v.row_stride + x * v.column_stride, 1, size, feature);
+        } else {
+          for (int64_t c = 0; c < size; ++c) feature[c] = 0;
+        }
+      }
+      for (int64_t c = 0; c < size; c += kLanes<T>) {
+        if (c + kLanes<T> <= size) {
+          transpose_square(strip + c, kChannelBlock, buffer + c * pixels + i, pixels);
+        } else {
+          for (int64_t k = c; k < size; ++k) {
+            for (int64_t lane = 0; lane < kLanes<T>; ++lane) buffer[k * pixels + i + lane] = strip[lane * kChannelBlock + k];
+          }
+        }
       }
     }
+    return;
   }
   for (int64_t c = 0; c < size; ++c) {
-    for (int64_t i = count; i < pixels; ++i) buffer[c * pixels + i] = 0;
+    T* row = buffer + c * pixels;
+    for (int64_t i = 0; i < count;) {
+      const int64_t y = (first + i) / v.columns, x = (first + i) % v.columns;
+      const int64_t run = linear(v) || count - i < v.columns - x ? count - i : v.columns - x;
+      read(v.data, v.type, base + c * call.channel_stride + y * v.row_stride + x * v.column_stride, v.column_stride, run,
+           row + i);
+      i += run;
+    }
+    for (int64_t i = count; i < pixels; ++i) row[i] = 0;
   }
 }
 
@@ -288,7 +338,7 @@ void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T*
       }
       for (int64_t j = 0; j < words; ++j) {
         for (int64_t c = 0; c < size; ++c) {
-          grad_text[j * call.channels + channel + c] += horizontal_sum<T>(load(tile.sums + (j * kChannelBlock + c) * lanes));
+          grad_text[j * call.channels + channel + c] += horizontal_sum(load(tile.sums + (j * kChannelBlock + c) * lanes));
         }
       }
       if (call.gradient_channels_first) {
@@ -296,10 +346,13 @@ void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T*
           write(tile.out + c * pixels, count, grad_visual, call.visual.type, (sample * call.channels + channel + c) * grid + start);
         }
       } else {
-        T feature[kChannelBlock];
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t c = 0; c < size; ++c) feature[c] = tile.out[c * pixels + i];
-          write(feature, size, grad_visual, call.visual.type, (sample * grid + start + i) * call.channels + channel);
+        T strip[kLanes<T> * kChannelBlock];
+        for (int64_t i = 0; i < count; i += lanes) {
+          for (int64_t c = 0; c < kChannelBlock; c += lanes) transpose_square(tile.out + c * pixels + i, pixels, strip + c, kChannelBlock);
+          for (int64_t lane = 0; lane < lanes && i + lane < count; ++lane) {
+            write(strip + lane * kChannelBlock, size, grad_visual, call.visual.type,
+                  (sample * grid + start + i + lane) * call.channels + channel);
+          }
         }
       }
     }

@@ -138,8 +138,9 @@ void sample_limits(const Limit& limit, const Plane& map, const Plane& map_valid,
   if (limit.quantile) {
     require(map.data, "similarity: expected [B, h, w] where quantile is given, got None");
     const QuantileCall<T> call{map, map_valid, limit.rank_in_fp64, Interpolation::linear};
-    torch::stable::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) out[b] = quantile<T>(call, b, T(*limit.quantile));
+    const auto& kernel = quantile_kernels<T>();
+    parallel_tasks<T>(samples, kernel.scratch(call), [&](int64_t b, T* scratch) {
+      out[b] = kernel.quantile(call, b, T(*limit.quantile), scratch);
     });
     return;
   }
