@@ -14,13 +14,13 @@ def sample_quantile(
     values: Tensor, q: float | Tensor, *, valid: Tensor | None = None, interpolation: str = "linear",
 ) -> Tensor:
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    rows = values.flatten(1).to(dtype)
+    rows = values.reshape(len(values), -1).to(dtype)
     if valid is None and not isinstance(q, Tensor) and (RANK_IN_FP64 or rows.shape[1] < LONGEST_ROW):
         return torch.quantile(rows, q, dim=1, interpolation=interpolation)
 
     # The same per row with rows of different lengths: left-out values sort behind all others (as does NaN, which
     # makes the result NaN, as torch.quantile does).
-    exists = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid.flatten(1)
+    exists = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid.reshape(len(valid), -1)
     count = exists.sum(1)
     ordered = rows.where(exists, torch.full_like(rows, torch.inf)).sort(1).values
     q = torch.as_tensor(q, dtype=dtype, device=rows.device)

@@ -1,0 +1,46 @@
+# Every target installs what it needs into .venv, once. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: help demo test bench lint gpu clean
+
+help:
+	@echo "make demo   train a small model with and without the method, write runs/demo/report.html (8 minutes)"
+	@echo "make test   run the tests"
+	@echo "make bench  measure the operators against PyTorch, draw docs/benchmark.png"
+	@echo "make lint   ruff and mypy"
+	@echo "make gpu    the tests that need an NVIDIA GPU"
+	@echo "make clean  remove what was built, and .venv"
+
+# PyTorch and torchvision together, so that the two fit each other; a PyTorch that is there already stays.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch torchvision "setuptools>=77" wheel ninja
+	@touch $@
+
+# Without build isolation the extension is built against the PyTorch of this environment.
+$(VENV)/demo $(VENV)/dev: $(VENV)/%: $(SOURCES) | $(VENV)/torch
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/demo
+	$(BIN)/aml demo --out runs/demo
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/bench_fused.py --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/plot.py
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+gpu: $(VENV)/dev
+	$(BIN)/python -m pytest tests/gpu -rs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info aml_kernels/*.so
