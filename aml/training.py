@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -88,10 +89,7 @@ def train(config: Config, *, resume: bool = False, allow_change: Sequence[str] =
     refer = open_data(config)
     if config.train.tensorboard:
         tensorboard_writer()
-    AcceleratorState._reset_state()  # or a second run in this process could not have another precision
-    accelerator = accelerate.Accelerator(
-        mixed_precision=config.train.precision, gradient_accumulation_steps=config.train.accumulate
-    )
+    accelerator = _accelerator(config)
     trainer = _Trainer(config, accelerator, refer)
     if start is not None:
         trainer.restore(start, allow_change)
@@ -202,6 +200,7 @@ class _Trainer:
                 batch_sampler=keys(),  # type: ignore[arg-type]  # any iterable will do
                 collate_fn=collate,
                 num_workers=self.config.train.workers,
+                worker_init_fn=_let_the_parent_stop,
                 pin_memory=self.device.type == "cuda",
                 # A generator of its own: the loader would draw from the global one, which belongs to dropout.
                 generator=torch.Generator(),
@@ -421,6 +420,25 @@ class _Trainer:
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()
+
+
+def _accelerator(config: Config) -> accelerate.Accelerator:
+    AcceleratorState._reset_state()  # or a second run in this process could not have another precision
+    made = accelerate.Accelerator(
+        cpu=not torch.accelerator.is_available(),  # untold, it takes CPU processes for separate runs
+        mixed_precision=config.train.precision,
+        gradient_accumulation_steps=config.train.accumulate,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if made.num_processes != launched:
+        raise RuntimeError(f"WORLD_SIZE={launched}, but Accelerate sees {made.num_processes} process(es)")
+    return made
+
+
+def _let_the_parent_stop(_: int) -> None:
+    """For loader processes: Ctrl-C and job schedulers signal all processes, but the main one decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _starting_point(config: Config, resume: bool) -> Path | None:

@@ -100,23 +100,35 @@ def stop_at(monkeypatch):
 # ------------------------------------------------------------------------------------------------ resuming
 
 
-def test_a_run_killed_in_mid_epoch_goes_on_to_the_bit(tmp_path, words, straight):
-    """With 0 and with 2 worker processes; both runs at once, to save time."""
-    runs = {workers: words(tmp_path / str(workers), f"train.workers={workers}") for workers in (0, 2)}
-    processes = {workers: tiny.start(tiny.train, given) for workers, given in runs.items()}
+def test_runs_that_are_killed_in_mid_epoch_go_on_to_the_bit(tmp_path, words, straight):
+    """kill -9 with 0 and with 2 worker processes, and SIGTERM to main process and workers as schedulers send it.
+
+    The three runs go at once, to save time.
+    """
+    ends = {"0": (0, signal.SIGKILL), "2": (2, signal.SIGKILL), "group": (2, signal.SIGTERM)}
+    runs = {name: words(tmp_path / name, f"train.workers={workers}") for name, (workers, _) in ends.items()}
+    processes = {name: tiny.start(tiny.train, given) for name, given in runs.items()}
     deadline = time.monotonic() + 120
-    for workers, process in processes.items():
-        log = tmp_path / str(workers) / "metrics.jsonl"
-        while time.monotonic() < deadline and process.is_alive() and len(read_log(log)) < 7:
-            time.sleep(0.001)
-        process.kill()
-    for workers, process in processes.items():
-        process.join()
-        out = tmp_path / str(workers)
-        assert process.exitcode == -signal.SIGKILL
-        assert lines(out)[-1]["step"] < STEPS and checkpoint.newest(out)[0], "killed too late or too early"
-        train(load(None, runs[workers]), resume=True)
-        assert_same_run(out, straight)
+    waiting = set(runs)
+    while waiting and time.monotonic() < deadline:
+        time.sleep(0.001)
+        for name in list(waiting):
+            if len(read_log(tmp_path / name / "metrics.jsonl")) >= 5:
+                os.killpg(processes[name].pid, ends[name][1])
+                waiting.remove(name)
+    for process in processes.values():
+        process.join(60)
+    assert not waiting
+    assert [processes[name].exitcode for name in ends] == [
+        -signal.SIGKILL,
+        -signal.SIGKILL,
+        128 + signal.SIGTERM,
+    ]
+    for name, given in runs.items():
+        stopped_at = lines(tmp_path / name)[-1]["step"]
+        assert stopped_at < STEPS and checkpoint.newest(tmp_path / name)[0], "killed too late or too early"
+        train(load(None, given), resume=True)
+        assert_same_run(tmp_path / name, straight)
 
 
 @pytest.mark.parametrize("stops", [(4,), (5, 6), (1, 4, 7, 15)], ids=str)

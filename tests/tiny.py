@@ -74,6 +74,7 @@ def train(words: list[str]) -> None:
 
     from aml import cli
 
+    os.setsid()  # a process group of its own, to be signalled as a whole
     torch.set_num_threads(1)
     raise SystemExit(cli.main(["train", *words]))
 
@@ -82,7 +83,6 @@ def train_as_rank(rank: int, rendezvous: str, jobs: list[tuple[list[str], int | 
     """One of two processes. jobs: (settings, step at which to stop or None, whether to resume)."""
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch
 
     from aml import training
