@@ -101,14 +101,13 @@ struct Tile {
     features = take(scratch, (backward ? call.channels : kChannelBlock) * pixels);
     if (!backward) return;
     out = take(scratch, kChannelBlock * pixels);
-    sums = take(scratch, words * kChannelBlock * kLanes<T>);
-    active = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * pixels / kLanes<T>));
+    active = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * (pixels / kLanes<T> + 1)));
   }
   static int64_t elements(const SimilarityCall<T>& call, bool backward) {
     const int64_t words = padded_words(call.words), pixels = call.tile_pixels;
     const int64_t forward = (words + 2 + (backward ? call.channels : kChannelBlock)) * pixels;
     if (!backward) return forward;
-    return forward + kChannelBlock * (pixels + words * kLanes<T>) + (words + 1) * pixels / kLanes<T>;
+    return forward + kChannelBlock * pixels + (words + 1) * (pixels / kLanes<T> + 1);
   }
   static T* take(T*& scratch, int64_t count) {
     T* here = scratch;
@@ -116,14 +115,16 @@ struct Tile {
     return here;
   }
 
+  // Pixels up to the next full vector are computed, whatever lies there beyond `count`.
+  int64_t used(int64_t count) const { return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+
   const int64_t pixels;
   T* score;               // [words][pixels]: dot products, in the backward then coefficients of the unit words
   T* factor;              // [pixels]: squared norm of the features, then the factor from dot product to cosine
   T* best;                // [pixels]: the similarity; in the backward the coefficient of the feature itself
   T* features;            // [channels][pixels], where they cannot be used in place
   T* out = nullptr;       // [kChannelBlock][pixels]: gradient of the features
-  T* sums = nullptr;      // [words][kChannelBlock][lanes]: gradient of the unit words
-  int32_t* active = nullptr;  // [pixels / lanes][1 + words]: how many and which words a strip of pixels has to do with
+  int32_t* active = nullptr;  // [pixels / lanes + 1][1 + words]: how many and which words a strip has to do with, and the tile
 };
 
 inline bool linear(const Plane& grid) { return grid.rows == 1 || grid.row_stride == grid.columns * grid.column_stride; }
@@ -142,7 +143,7 @@ inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t
   const int64_t base = sample * v.sample_stride + channel * call.channel_stride, pixels = call.tile_pixels;
   if (call.channel_stride == 1) {  // channels-last: read along the channels, a square at a time
     T strip[kLanes<T> * kChannelBlock] = {};
-    for (int64_t i = 0; i < pixels; i += kLanes<T>) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
       for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
         T* feature = strip + lane * kChannelBlock;
         const int64_t pixel = first + i + lane, y = pixel / v.columns, x = pixel % v.columns;
@@ -173,7 +174,7 @@ inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t
            row + i);
       i += run;
     }
-    for (int64_t i = count; i < pixels; ++i) row[i] = 0;
+    for (int64_t i = count; i % kLanes<T>; ++i) row[i] = 0;
   }
 }
 
@@ -195,10 +196,12 @@ inline void multiply_strip(const T* features, int64_t stride, int64_t channels, 
 template <class T>
 inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words, int64_t first,
                         int64_t count, bool keep_features, Tile<T>& tile) {
-  const int64_t padded = padded_words(words), pixels = tile.pixels;
+  const int64_t padded = padded_words(words), pixels = tile.pixels, used = tile.used(count);
   const bool direct = in_place(call, count);
-  for (int64_t i = 0; i < padded * pixels; ++i) tile.score[i] = 0;
-  for (int64_t i = 0; i < pixels; ++i) tile.factor[i] = 0;
+  for (int64_t j = 0; j < padded; ++j) {
+    for (int64_t i = 0; i < used; ++i) tile.score[j * pixels + i] = 0;
+  }
+  for (int64_t i = 0; i < used; ++i) tile.factor[i] = 0;
   for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
     const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
     T* buffer = tile.features + (keep_features ? channel * pixels : 0);
@@ -212,7 +215,7 @@ inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* 
     } else {
       copy_features(call, sample, channel, size, first, count, buffer);
     }
-    for (int64_t i = 0; i < pixels; i += kLanes<T>) {
+    for (int64_t i = 0; i < used; i += kLanes<T>) {
       for (int64_t j = 0; j < padded; j += kWordBlock) {
         multiply_strip(features + i, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
                        tile.score + j * pixels + i, pixels);
@@ -226,7 +229,7 @@ inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* 
       store(tile.factor + i, load(tile.factor + i) + square);
     }
   }
-  for (int64_t i = 0; i < pixels; ++i) {
+  for (int64_t i = 0; i < used; ++i) {
     const T square = tile.factor[i];
     const T inverse = square > T(kSmallestNorm * kSmallestNorm) ? T(1) / sqrt_of(square) : T(0);
     tile.factor[i] = call.normalize ? inverse : T(1);
@@ -240,22 +243,23 @@ void similarity_forward(const SimilarityCall<T>& call, int64_t sample, const T* 
   const int64_t pixels = tile.pixels;
   for (int64_t start = first; start < last; start += pixels) {
     const int64_t count = last - start < pixels ? last - start : pixels;
+    const int64_t used = tile.used(count);
     tile_scores(call, sample, panel, words, start, count, false, tile);
     for (int64_t j = 0; j < words; ++j) {
       T* score = tile.score + j * pixels;
-      for (int64_t i = 0; i < pixels; ++i) {
+      for (int64_t i = 0; i < used; ++i) {
         score[i] = call.scale * (score[i] * tile.factor[i]);
         tile.best[i] = j == 0 || score[i] > tile.best[i] ? score[i] : tile.best[i];
       }
     }
     if (call.softmax) {
       T* total = tile.features;
-      for (int64_t i = 0; i < pixels; ++i) total[i] = 0;
+      for (int64_t i = 0; i < used; ++i) total[i] = 0;
       for (int64_t j = 0; j < words; ++j) {
         const T* score = tile.score + j * pixels;
-        for (int64_t i = 0; i < pixels; ++i) total[i] += exp_nonpositive(score[i] - tile.best[i]);
+        for (int64_t i = 0; i < used; ++i) total[i] += exp_nonpositive(score[i] - tile.best[i]);
       }
-      for (int64_t i = 0; i < pixels; ++i) tile.best[i] = T(1) / total[i];
+      for (int64_t i = 0; i < used; ++i) tile.best[i] = T(1) / total[i];
     }
     for (int64_t i = 0; i < count; ++i) similarity[start + i] = tile.best[i];
   }
@@ -265,8 +269,8 @@ void similarity_forward(const SimilarityCall<T>& call, int64_t sample, const T* 
 // feature (and of the feature in that of the unit word), best that of the feature itself.
 template <class T>
 inline void tile_coefficients(const SimilarityCall<T>& call, int64_t words, const T* grad, int64_t count, Tile<T>& tile) {
-  const int64_t pixels = tile.pixels, lanes = kLanes<T>;
-  for (int64_t i = 0; i < pixels; ++i) {
+  const int64_t pixels = tile.pixels, used = tile.used(count), lanes = kLanes<T>;
+  for (int64_t i = 0; i < used; ++i) {
     const T factor = tile.factor[i], g = i < count ? grad[i] : T(0);
     T* score = tile.score + i;
     int64_t word = 0;
@@ -289,14 +293,59 @@ inline void tile_coefficients(const SimilarityCall<T>& call, int64_t words, cons
     }
     tile.best[i] = call.normalize ? -along * factor * factor : T(0);
   }
-  for (int64_t i = 0; i < pixels; i += lanes) {  // most strips have to do with few words
-    int32_t* active = tile.active + i / lanes * (words + 1);
-    active[0] = 0;
-    for (int64_t j = 0; j < words; ++j) {
-      bool any = false;
-      for (int64_t lane = 0; lane < lanes; ++lane) any |= tile.score[j * pixels + i + lane] != 0;
-      if (any) active[++active[0]] = int32_t(j);
+  // Most strips of pixels have to do with few words; behind their lists, the list of those of the tile.
+  int32_t* anywhere = tile.active + used / lanes * (words + 1);
+  anywhere[0] = 0;
+  for (int64_t i = 0; i < used; i += lanes) tile.active[i / lanes * (words + 1)] = 0;
+  for (int64_t j = 0; j < words; ++j) {
+    bool in_tile = false;
+    for (int64_t i = 0; i < used; i += lanes) {
+      bool in_strip = false;
+      for (int64_t lane = 0; lane < lanes; ++lane) in_strip |= tile.score[j * pixels + i + lane] != 0;
+      int32_t* active = tile.active + i / lanes * (words + 1);
+      if (in_strip) active[++active[0]] = int32_t(j);
+      in_tile |= in_strip;
     }
+    if (in_tile) anywhere[++anywhere[0]] = int32_t(j);
+  }
+}
+
+// out[c] = sum_j coefficient_j word_j[c] + best feature[c], for N channels of a strip of pixels.
+template <int N, class T>
+inline void feature_gradient(const Tile<T>& tile, const int32_t* active, const T* features, int64_t stride, const T* panel,
+                             int64_t padded, T* out, int64_t i) {
+  Vector<T> g[N];
+  const Vector<T> along = load(tile.best + i);
+  for (int c = 0; c < N; ++c) g[c] = along * load(features + c * stride + i);
+  for (int32_t k = 1; k <= active[0]; ++k) {
+    const Vector<T> coefficient = load(tile.score + active[k] * tile.pixels + i);
+    for (int c = 0; c < N; ++c) g[c] = multiply_add(coefficient, Vector<T>{} + panel[c * padded + active[k]], g[c]);
+  }
+  for (int c = 0; c < N; ++c) store(out + c * tile.pixels + i, g[c]);
+}
+
+// gradient[c] += sum over the pixels of coefficient times feature[c], for N channels and one word.
+template <int N, class T>
+inline void word_gradient(const T* coefficients, const T* features, int64_t stride, int64_t used, T* gradient) {
+  Vector<T> sum[N] = {};
+  for (int64_t i = 0; i < used; i += kLanes<T>) {
+    const Vector<T> coefficient = load(coefficients + i);
+    for (int c = 0; c < N; ++c) sum[c] = multiply_add(coefficient, load(features + c * stride + i), sum[c]);
+  }
+  for (int c = 0; c < N; ++c) gradient[c] += horizontal_sum(sum[c]);
+}
+
+// Both for N channels of a tile. `out` and `gradient` are those of the first of these channels.
+template <int N, class T>
+inline void channel_gradients(const SimilarityCall<T>& call, const Tile<T>& tile, const T* features, int64_t stride,
+                              const T* panel, int64_t words, int64_t used, T* out, T* gradient) {
+  const int64_t padded = padded_words(words), strips = used / kLanes<T>;
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    feature_gradient<N>(tile, tile.active + strip * (words + 1), features, stride, panel, padded, out, strip * kLanes<T>);
+  }
+  const int32_t* anywhere = tile.active + strips * (words + 1);
+  for (int32_t k = 1; k <= anywhere[0]; ++k) {
+    word_gradient<N>(tile.score + anywhere[k] * tile.pixels, features, stride, used, gradient + anywhere[k] * call.channels);
   }
 }
 
@@ -307,38 +356,25 @@ void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T*
   const int64_t padded = padded_words(words), pixels = tile.pixels, lanes = kLanes<T>;
   const int64_t grid = call.visual.rows * call.visual.columns;
   for (int64_t start = first; start < last; start += pixels) {
-    const int64_t count = last - start < pixels ? last - start : pixels;
+    const int64_t count = last - start < pixels ? last - start : pixels, used = tile.used(count);
     const bool direct = in_place(call, count);
+    const int64_t stride = direct ? call.channel_stride : pixels;
+    const T* features = direct ? (const T*)call.visual.data + sample * call.visual.sample_stride + start : tile.features;
     tile_scores(call, sample, panel, words, start, count, true, tile);
     tile_coefficients(call, words, grad + start, count, tile);
     for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
       const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
-      const int64_t stride = direct ? call.channel_stride : pixels;
-      const T* features = direct
-          ? (const T*)call.visual.data + sample * call.visual.sample_stride + channel * stride + start
-          : tile.features + channel * pixels;
-      for (int64_t i = 0; i < words * kChannelBlock * lanes; ++i) tile.sums[i] = 0;
-      for (int64_t i = 0; i < pixels; i += lanes) {
-        const int32_t* active = tile.active + i / lanes * (words + 1);
-        const Vector<T> along = load(tile.best + i);
-        for (int64_t c = 0; c < size; ++c) {
-          Vector<T> g = along * load(features + c * stride + i);
-          for (int32_t k = 1; k <= active[0]; ++k) {
-            g = multiply_add(load(tile.score + active[k] * pixels + i), Vector<T>{} + panel[(channel + c) * padded + active[k]], g);
-          }
-          store(tile.out + c * pixels + i, g);
-        }
-        for (int32_t k = 1; k <= active[0]; ++k) {
-          const Vector<T> coefficient = load(tile.score + active[k] * pixels + i);
-          T* sums = tile.sums + active[k] * kChannelBlock * lanes;
-          for (int64_t c = 0; c < size; ++c) {
-            store(sums + c * lanes, multiply_add(coefficient, load(features + c * stride + i), load(sums + c * lanes)));
-          }
-        }
-      }
-      for (int64_t j = 0; j < words; ++j) {
-        for (int64_t c = 0; c < size; ++c) {
-          grad_text[j * call.channels + channel + c] += horizontal_sum(load(tile.sums + (j * kChannelBlock + c) * lanes));
+      for (int64_t c = 0; c < size;) {
+        const T* feature = features + (channel + c) * stride;
+        const T* word = panel + (channel + c) * padded;
+        T* out = tile.out + c * pixels;
+        T* gradient = grad_text + channel + c;
+        if (size - c >= 4) {
+          channel_gradients<4>(call, tile, feature, stride, word, words, used, out, gradient);
+          c += 4;
+        } else {
+          channel_gradients<1>(call, tile, feature, stride, word, words, used, out, gradient);
+          c += 1;
         }
       }
       if (call.gradient_channels_first) {
