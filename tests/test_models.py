@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 
 from aml.data.refer import ReferDataset
 from aml.models import build_model
+from aml.models.memo import FeatureMemo
 from aml.models.pretrained import build_backbone
 
 PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "fixtures" / "real_ris"
@@ -183,3 +184,45 @@ def test_another_backbone_and_a_text_encoder_in_a_folder(tmp_path):
 def test_wrong_settings_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         build_model(**arguments)
+
+
+def test_remembered_features_are_the_same_bits_and_follow_the_weights():
+    torch.manual_seed(0)
+    options = {"backbone": "resnet18", "pretrained": False, "image_size": 64}
+    model = build_model("compact", **options).eval()
+    image, tokens, text_mask = batch(model, size=64)
+    first = model(image, tokens, text_mask)
+    bytes_of_three = model.memo.bytes
+    assert bytes_of_three > 0
+    assert torch.equal(model(image, tokens, text_mask), first) and model.memo.bytes == bytes_of_three
+    again = model(image.flip(0), tokens, text_mask).flip(0)  # other company in the batch, same photographs
+    assert not torch.equal(again, first) and model.memo.bytes == bytes_of_three
+    fresh = build_model("compact", **options, memo_mb=0).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(image, tokens, text_mask), first) and fresh.memo.bytes == 0
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.mul_(0.5)
+    assert not torch.equal(model(image, tokens, text_mask), first)
+    model.load_state_dict(fresh.state_dict())
+    assert torch.equal(model(image, tokens, text_mask), first)
+    image.add_(1.0)
+    assert not torch.equal(model(image, tokens, text_mask), first)
+
+
+def test_the_memo_forgets_the_least_recently_used():
+    calls = []
+    encoder = torch.nn.Conv2d(3, 2, 1)
+    encoder.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0][0, 0, 0, 0].item()))
+    a, b, c = (torch.full((1, 3, 4, 4), float(value)) for value in range(3))
+
+    class OneMap(torch.nn.Sequential):
+        def forward(self, image):
+            return [super().forward(image)]
+
+    memo = FeatureMemo(limit=2 * 2 * 16 * 4, keep=[0])  # two images
+    with torch.no_grad():
+        for image in (a, b, a, c, a, b):
+            memo(OneMap(encoder), image)
+    assert calls == [0, 1, 2, 1]
+    assert memo.bytes == memo.limit
