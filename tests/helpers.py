@@ -91,17 +91,16 @@ def loss_inputs(
     """Arguments of `masked_loss`, each in another memory layout: logits, target, similarity, valid, map_valid."""
     label = coin(seed + 1, batch, *target, share=0.4)
     label = {
-        "uint8": lambda: label.to(torch.uint8), "bool": lambda: label,
-        "soft": lambda: uniform(seed + 1, batch, *target), "soft bf16": lambda: uniform(seed + 1, batch, *target).bfloat16(),
-    }[kind]()
+        "uint8": label.to(torch.uint8), "bool": label, "soft": uniform(seed + 1, batch, *target),
+        "soft bf16": uniform(seed + 1, batch, *target, dtype=torch.bfloat16),
+    }[kind]
     tensors = (
         3 * normal(seed, batch, *logits, dtype=dtype), label, normal(seed + 2, batch, *map, dtype=map_dtype),
         coin(seed + 3, batch, *target, share=0.8), coin(seed + 4, batch, *map, share=0.8),
     )
     names = ("logits", "target", "similarity", "valid", "map_valid")
-    return {
-        name: laid_out(tensor, layouts[i % len(layouts)]) for i, (name, tensor) in enumerate(zip(names, tensors, strict=True))
-    }
+    layouts = [layouts[i % len(layouts)] for i in range(len(names))]
+    return {name: laid_out(tensor, layout) for name, tensor, layout in zip(names, tensors, layouts, strict=True)}
 
 
 def kept_pixels(

@@ -41,7 +41,8 @@ def run(function, inputs, grad=None, **options):
 def in_steps(inputs, options, backend, **features):
     """The same by the two operators."""
     inputs = dict(inputs)
-    similarity = pixel_text_similarity(*(inputs.pop(x) for x in ("visual", "text", "text_mask")), **features, backend=backend)
+    words = [inputs.pop(name) for name in ("visual", "text", "text_mask")]
+    similarity = pixel_text_similarity(*words, **features, backend=backend)
     return run(masked_loss, inputs | {"similarity": similarity}, **options, backend=backend), similarity
 
 
@@ -107,7 +108,9 @@ def test_no_gradient_reaches_the_features(backend):
 
 def test_mixed_types(backend):
     inputs = inputs_of()
-    for logits, features in ((torch.float32, torch.bfloat16), (torch.float16, torch.float64), (torch.float64, torch.float32)):
+    for logits, features in (
+        (torch.float32, torch.bfloat16), (torch.float16, torch.float64), (torch.float64, torch.float32),
+    ):
         mixed = inputs | {"logits": inputs["logits"].to(logits)}
         mixed |= {name: inputs[name].to(features) for name in ("visual", "text")}
         loss, gradient, stats = run(aml_loss, mixed, quantile=0.3, backend=backend)

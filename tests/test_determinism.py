@@ -1,5 +1,6 @@
 """The C++ back end gives the same bits: run to run, in any process, at 1, 2 and 4 threads, at any address."""
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -17,7 +18,8 @@ def everything(layout="contiguous", dtype=torch.float32):
     """Every operator with its gradients, on inputs large enough to be shared among threads."""
     inputs = {name: laid_out(x, layout) for name, x in
               loss_inputs(batch=2, logits=(150, 170), target=(300, 310), map=(14, 14), dtype=dtype).items()}
-    visual, text = (laid_out(x, layout) for x in (normal(7, 2, 96, 30, 31, dtype=dtype), normal(8, 2, 9, 96, dtype=dtype)))
+    features = normal(7, 2, 96, 30, 31, dtype=dtype), normal(8, 2, 9, 96, dtype=dtype)
+    visual, text = (laid_out(x, layout) for x in features)
     mask = laid_out(coin(9, 2, 9) | (torch.arange(9) == 3), layout)
     options = {"quantile": 0.3, "class_weight": (0.9, 1.1), "return_stats": True, "reduction": "none", "backend": "cpu"}
     results = []
@@ -35,7 +37,8 @@ def everything(layout="contiguous", dtype=torch.float32):
     same = others | {"target": others["target"][:, :150, :170], "valid": others["valid"][:, :150, :170]}
     differentiate(lambda z: masked_loss(z, **same, **options), inputs["logits"])
     for softmax in (False, True):
-        differentiate(lambda v, t: pixel_text_similarity(v, t, mask, softmax=softmax, scale=5.0, backend="cpu"), visual, text)
+        similarity = functools.partial(pixel_text_similarity, softmax=softmax, scale=5.0, backend="cpu")
+        differentiate(lambda v, t, f=similarity: f(v, t, mask), visual, text)
     rest = {name: others[name] for name in ("target", "valid")}
     differentiate(lambda z: aml_loss(z, visual=visual, text=text, text_mask=mask, **rest, **options), inputs["logits"])
     results.append(sample_quantile(inputs["logits"], 0.3, backend="cpu"))
@@ -96,13 +99,15 @@ def test_processes(cpu):
     script, found = DIGEST.format(path=[str(here), str(here.parent)]), {digest()}
     for count in ("1", "3"):
         environment = os.environ | {"OMP_NUM_THREADS": count}
-        run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300,
+        )
         assert run.returncode == 0, run.stderr
         found.add(run.stdout.strip())
     assert len(found) == 1
 
 
-def test_plain_pytorch_run_to_run(poisoned):
+def test_plain_pytorch_run_to_run(conditions):
     inputs = loss_inputs(logits=(20, 20), target=(80, 80))
     first, second = (masked_loss(**inputs, quantile=0.3, return_stats=True, backend="reference") for _ in range(2))
     assert_same((first[0], *first[1]), (second[0], *second[1]), "reference")

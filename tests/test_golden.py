@@ -73,9 +73,8 @@ def test_alignment(backend):
     draw = recipe()
     for name, case in cases.items():
         if case["stored_inputs"]:
-            weight, bias, text, visual = (
-                tensors[f"{name}.{x}"] for x in ("text_proj.weight", "text_proj.bias", "text_features", "visual_features")
-            )
+            stored = "text_proj.weight", "text_proj.bias", "text_features", "visual_features"
+            weight, bias, text, visual = (tensors[f"{name}.{key}"] for key in stored)
         else:
             seed, samples, width, text_width = case["seed"], case["B"], case["visual_dim"], case["text_dim"]
             arrays = (

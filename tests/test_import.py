@@ -23,7 +23,8 @@ CALL = "import torch; print(aml_kernels.sample_quantile(torch.arange(5.)[None], 
 
 def python(script, forced=None, module=None):
     environment = {name: value for name, value in os.environ.items() if name != "AML_KERNELS_BACKEND"}
-    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | ({"AML_KERNELS_BACKEND": forced} if forced else {})
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"AML_KERNELS_BACKEND": forced} if forced else {}
     arguments = ["-c", script] if module is None else ["-m", module]
     return subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -200,7 +200,7 @@ def mask_of(inputs, backend, **options):
 
 @pytest.mark.parametrize("map_dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("logits_dtype", (torch.float32, torch.float64), ids=str)
-@pytest.mark.parametrize("map_size", [(14, 14), (17, 23), (1, 5), (200, 150), (97, 101)], ids=str)
+@pytest.mark.parametrize("map_size", [(14, 14), (1, 5), (120, 150), (97, 101)], ids=str)
 def test_masks_are_those_of_the_definition(backend, map_size, logits_dtype, map_dtype):
     """Bit for bit: smooth, quantised and constant maps, at quantiles where many pixels meet the threshold."""
     for seed, step in ((0, 0), (1, 8), (2, 1), (3, 1000)):
@@ -256,13 +256,13 @@ def test_statistics(backend, size, dtype):
         assert_accurate(getattr(stats, part), exact, plain, part)
 
 
-@pytest.mark.parametrize("threshold", (0.25, torch.tensor([0.25, -1.0, 3.0], dtype=torch.float64)), ids=("one", "each"))
+@pytest.mark.parametrize("threshold", (0.25, torch.tensor([0.25, -1.0, 3.0])), ids=("one", "each"))
 def test_statistics_without_gradient(backend, threshold):
     inputs = loss_inputs()
     inputs["logits"].requires_grad_()
     inputs["similarity"] = inputs["similarity"].detach().requires_grad_()
     if isinstance(threshold, torch.Tensor):
-        threshold.requires_grad_()
+        threshold = threshold.double().requires_grad_()
     loss, stats = masked_loss(**inputs, threshold=threshold, return_stats=True, backend=backend)
     assert loss.requires_grad and not any(value.requires_grad for value in stats)
     assert torch.equal(stats.threshold, torch.as_tensor(threshold).detach().float().expand(3))
@@ -277,8 +277,9 @@ def test_two_class_cross_entropy(backend):
         torch.nn.functional.cross_entropy(z[None].double(), y[None].long(), torch.tensor([0.9, 1.1]).double())
         for z, y in zip(scores, target, strict=True)
     ]
+    folded = scores[:, 1] - scores[:, 0]
     actual = masked_loss(
-        scores[:, 1] - scores[:, 0], target, class_weight=(0.9, 1.1), dice_weight=0.0, reduction="none", backend=backend,
+        folded, target, class_weight=(0.9, 1.1), dice_weight=0.0, reduction="none", backend=backend,
     )
     torch.testing.assert_close(actual.double(), torch.stack(expected), rtol=1e-6, atol=0)
 

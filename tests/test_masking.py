@@ -6,7 +6,10 @@ from helpers import coin, kept_pixels, loss_inputs, normal, same_bits
 
 from aml_kernels import masked_loss
 
-SIZES = {"same": ((24, 33), (24, 33)), "quarter": ((13, 9), (52, 36)), "larger": ((48, 40), (17, 23))}
+SIZES = {
+    "same": ((24, 33), (24, 33)), "quarter": ((13, 9), (52, 36)), "larger": ((48, 40), (17, 23)),
+    "wider": ((24, 9), (24, 33)),
+}
 GARBAGE = (torch.nan, torch.inf, -torch.inf, 3e38)
 
 
@@ -38,21 +41,22 @@ def test_garbage_in_left_out_pixels_changes_nothing(backend, dtype, garbage):
     assert keep.any() and (~keep).any() and not actual[1][~keep].any()
 
 
-@pytest.mark.parametrize("size", ("quarter", "larger"))
+@pytest.mark.parametrize("size", ("quarter", "larger", "wider"))
 @pytest.mark.parametrize("garbage", GARBAGE, ids=str)
 def test_garbage_in_cells_of_left_out_pixels_changes_nothing(backend, garbage, size):
-    """Logits of another size: a cell that only left-out pixels are interpolated from."""
+    """Logits of another size: a cell that only left-out pixels take a share of. A share of zero is none."""
     logits, target = SIZES[size]
     inputs = loss_inputs(logits=logits, target=target) | {"similarity": None, "map_valid": None}
-    inputs["valid"] = torch.ones_like(inputs["valid"])
-    inputs["valid"][:, : target[0] // 2] = False
+    first, last = target[0] // 3, 2 * (target[0] - 1) // 3  # the rows that count; `last` may fall on a row of cells
+    row = torch.arange(target[0])[:, None]
+    inputs["valid"] = ((first <= row) & (row <= last)).expand_as(inputs["valid"])
+    cells = slice(first * (logits[0] - 1) // (target[0] - 1), -(-last * (logits[0] - 1) // (target[0] - 1)) + 1)
+    touched = torch.zeros(logits, dtype=torch.bool)
+    touched[cells] = True
     expected = run(backend, inputs)
-    row = (target[0] // 2) * (logits[0] - 1) // (target[0] - 1)  # the first row of cells that a valid pixel touches
-    dirty = inputs | {"logits": inputs["logits"].clone()}
-    dirty["logits"][:, :row] = garbage
-    actual = run(backend, dirty)
+    actual = run(backend, inputs | {"logits": inputs["logits"].where(touched, torch.tensor(garbage))})
     assert_same(actual, expected)
-    assert row > 1 and not actual[1][:, :row].any() and actual[1][:, row:].any()
+    assert not touched.all() and not actual[1][:, ~touched].any() and actual[1][:, touched].any()
 
 
 def test_ignore_label_of_uint8_targets(backend):
@@ -138,6 +142,18 @@ def test_map_cells_that_do_not_count_may_hold_anything(backend):
     assert_same(run(backend, dirty, quantile=0.3), expected)
 
 
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf, 3e38), ids=str)
+@pytest.mark.parametrize("map_size", [(5, 7), (24, 33), (30, 50), (24, 20), (9, 33)], ids=str)
+def test_maps_that_are_not_finite(backend, map_size, value):
+    """The mask stays that of the definition, in which NaN, from inf - inf too, reaches no threshold."""
+    inputs = loss_inputs(map=map_size)
+    inputs["similarity"][coin(8, 3, *map_size, share=0.1)] = value
+    inputs["similarity"][coin(9, 3, *map_size, share=0.1)] = -value
+    for options in ({"threshold": -0.5}, {"quantile": 0.3}):
+        _, stats = masked_loss(**inputs, **options, return_stats=True, backend=backend)
+        assert torch.equal(stats.kept, kept_pixels(**inputs, **options).sum((1, 2)))
+
+
 @pytest.mark.parametrize("kind", ("bool", "uint8", "soft"))
 def test_protected_targets(backend, kind):
     inputs = loss_inputs(kind=kind)
@@ -167,7 +183,8 @@ def test_permuting_the_batch_permutes_the_result(backend, size):
     torch.testing.assert_close(permuted, (loss[order], gradient[order]), rtol=1e-6, atol=1e-9)
     if backend != "reference":  # PyTorch's sums depend on strides
         assert_same(permuted, (loss[order], gradient[order]))
-        assert_same(run(backend, {name: x[2:3] for name, x in inputs.items()}, quantile=0.3), (loss[2:3], gradient[2:3]))
+        alone = run(backend, {name: x[2:3] for name, x in inputs.items()}, quantile=0.3)
+        assert_same(alone, (loss[2:3], gradient[2:3]))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -11,13 +11,14 @@ OPERATORS = torch.ops.aml_kernels
 RANK = torch.__version__ >= (2, 14)
 
 
-def features(dtype=torch.float32, batch=2):
+def features(dtype=torch.float32, batch=2, width=9):
     mask = coin(12, batch, 4) | (torch.arange(4) == 1)
-    return laid_out(normal(10, batch, 9, 3, 4, dtype=dtype), "transposed"), normal(11, batch, 4, 9, dtype=dtype), mask
+    visual, text = normal(10, batch, width, 3, 4, dtype=dtype), normal(11, batch, 4, width, dtype=dtype)
+    return laid_out(visual, "transposed"), text, mask
 
 
-def small(dtype=torch.float32, size=(5, 6), batch=2):
-    inputs = loss_inputs(batch=batch, logits=size, target=(8, 9), map=(3, 4), dtype=dtype)
+def small(dtype=torch.float32, size=(5, 6), batch=2, target=(8, 9)):
+    inputs = loss_inputs(batch=batch, logits=size, target=target, map=(3, 4), dtype=dtype)
     return tuple(inputs[name] for name in ("logits", "target", "similarity", "valid", "map_valid"))
 
 
@@ -29,7 +30,7 @@ def samples():
     rest = (1.0, 0.5, 0.9, 1.1, 1e-5)
     limits = (None, None, 0.3, RANK, True, *rest)
     sums = torch.tensor([[0.0, 0.7, 0.5, 20.0, 20.0, 10.0, 9.0]]).expand(2, 7).contiguous()
-    image = normal(3, 2, 3, 8, 9)
+    image, wide = normal(3, 2, 3, 8, 9), logits[:, None].bfloat16()
     return {
         "pixel_text_similarity": [
             (leaf_visual, leaf_text, mask, True, 2.0, False), (leaf_visual, text, None, False, 0.1, True),
@@ -42,7 +43,7 @@ def samples():
         "masked_loss": [
             (leaf, target, similarity, valid, map_valid, *limits, 0),
             (leaf, target.bool(), None, None, None, None, None, None, RANK, False, *rest, 2),
-            (logits[:, None].bfloat16(), target.float(), similarity, None, None, torch.rand(2), *limits[1:2], None, *limits[3:], 1),
+            (wide, target.float(), similarity, None, None, torch.rand(2), None, None, RANK, True, *rest, 1),
         ],
         "masked_loss_backward": [(torch.tensor(1.0), logits, target, similarity, valid, sums, True, *rest, 0)],
         "aml_loss": [(leaf, target, visual, text, mask, valid, map_valid, True, 1.0, False, *limits, 0)],
@@ -61,8 +62,9 @@ def test_fake_outputs_are_like_real_ones(cpu, name):
     """Strides and types too: a compiled program is laid out by them."""
     for arguments in samples()[name]:
         real = getattr(OPERATORS, name)(*arguments)
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-            fake = getattr(OPERATORS, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            fake = getattr(OPERATORS, name)(*fakes)
         for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, fake)), strict=True):
             assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
@@ -92,9 +94,11 @@ def result_of(step, arguments):
     return [loss.detach(), *rest, *(leaf.grad for leaf in leaves)]
 
 
-# "inductor" generates code, once; "aot_eager" does all but that, and is quick.
-@pytest.mark.parametrize(("compiler", "dynamic"), (("inductor", False), ("aot_eager", True)))
+# "inductor" generates code; "aot_eager" does all but that, and is quick.
+@pytest.mark.parametrize(("compiler", "dynamic"), (("inductor", False), ("aot_eager", False), ("aot_eager", True)))
 def test_compile(backend, compiler, dynamic):
+    if (compiler, backend) == ("inductor", "reference"):
+        pytest.skip("code for plain PyTorch is PyTorch's to generate, and takes half a minute")
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     compiled = torch.compile(train_step(backend), fullgraph=True, dynamic=dynamic, backend=counter)
@@ -104,7 +108,7 @@ def test_compile(backend, compiler, dynamic):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
     assert counter.frame_count == 1, "another size compiled again"
     if backend == "cpu":
-        used = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes if node.op == "call_function"}
+        used = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
         assert {f"aml_kernels.{x}.default" for x in ("masked_loss", "aml_loss", "sample_quantile")} <= used
 
 
@@ -188,7 +192,7 @@ def test_autocast(backend):
 @pytest.mark.parametrize("softmax", (False, True), ids=("scores", "softmax"))
 @pytest.mark.parametrize("normalize", (False, True), ids=("dot", "cosine"))
 def test_gradcheck_of_similarity(backend, normalize, softmax):
-    visual, text, mask = features(torch.float64)
+    visual, text, mask = features(torch.float64, width=3)
     for pixels in (visual, visual.flatten(2).mT):
         leaves = pixels.detach().requires_grad_(), text.detach().requires_grad_()
         assert torch.autograd.gradcheck(
@@ -198,9 +202,9 @@ def test_gradcheck_of_similarity(backend, normalize, softmax):
         )
 
 
-@pytest.mark.parametrize("size", [(8, 9), (3, 5), (13, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(4, 5), (2, 3), (7, 4), (1, 1)], ids=str)
 def test_gradcheck_of_losses(backend, size):
-    logits, target, similarity, valid, _ = small(torch.float64, size)
+    logits, target, similarity, valid, _ = small(torch.float64, size, target=(4, 5))
     visual, text, mask = features(torch.float64)
     leaf = logits.detach().requires_grad_()
     options = {"quantile": 0.3, "valid": valid, "class_weight": (0.9, 1.1), "protect_target": True, "backend": backend}
@@ -213,21 +217,30 @@ def test_gradcheck_of_losses(backend, size):
 
 
 def test_a_second_derivative_is_an_error(cpu):
-    """Through the eager path and through the operator, and never a silent zero."""
+    """Eagerly and through the operator; a penalty on the gradient must not silently count for nothing."""
     visual, text, mask = features()
     logits, target, similarity, _, _ = small()
     leaf, leaf_visual = logits.detach().requires_grad_(), visual.detach().requires_grad_()
-    arguments = samples()
-    for function, x in (
-        (lambda: masked_loss(leaf, target, similarity, quantile=0.3, backend=cpu), leaf),
-        (lambda: aml_loss(leaf, target, visual, text, mask, quantile=0.3, backend=cpu), leaf),
-        (lambda: pixel_text_similarity(leaf_visual, text, mask, backend=cpu).square().sum(), leaf_visual),
-        (lambda: OPERATORS.masked_loss(leaf, *arguments["masked_loss"][0][1:])[0], leaf),
-        (lambda: OPERATORS.pixel_text_similarity(leaf_visual, text, None, True, 1.0, False).sum(), leaf_visual),
-    ):
+    through = samples()["masked_loss"][0]
+    calls = {
+        "masked_loss": (lambda: masked_loss(leaf, target, similarity, quantile=0.3, backend=cpu), leaf),
+        "aml_loss": (lambda: aml_loss(leaf, target, visual, text, mask, quantile=0.3, backend=cpu), leaf),
+        "similarity": (lambda: pixel_text_similarity(leaf_visual, text, mask, backend=cpu).sum(), leaf_visual),
+        "square": (lambda: pixel_text_similarity(leaf_visual, text, mask, backend=cpu).square().sum(), leaf_visual),
+        "operator masked_loss": (lambda: OPERATORS.masked_loss(leaf, *through[1:])[0], leaf),
+        "operator similarity": (
+            lambda: OPERATORS.pixel_text_similarity(leaf_visual, text, None, True, 1.0, False).sum(), leaf_visual,
+        ),
+    }
+    silent = []
+    for name, (function, x) in calls.items():
         gradient, = torch.autograd.grad(function(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once"):
-            gradient.square().sum().backward()
+        try:
+            (gradient.square().sum() + x.sum()).backward()
+            silent.append(name)
+        except RuntimeError as error:
+            assert "once" in str(error)
+    assert not silent
 
 
 def test_the_eager_path_is_the_operator(cpu):
