@@ -1,0 +1,145 @@
+"""Draw the stored rows of the benchmark: `python benchmarks/plot.py [RESULTS.json] [--output docs/benchmark.png]`.
+
+Time and peak extra memory of each workload and provider, on logarithmic axes; below, where the run had `--sweep`,
+time against the number of pixels. One opaque light card, readable on light and dark pages.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+INK, FAINT, CARD = "#24292f", "#d0d7de", "#ffffff"
+STYLE = {  # provider: (label, colour, marker); the operators of this package last, so that they are on top
+    "eager": ("definition, eager", "#8c959f", "o"),
+    "torch": ("PyTorch's own functions", "#bf8700", "D"),
+    "compile": ("torch.compile of the definition", "#0969da", "s"),
+    "cpu": ("aml_kernels", "#cf222e", "o"),
+}
+DTYPE = "float32"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks/results/cpu.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmark.png")
+    options = parser.parse_args()
+    draw(json.loads(options.results.read_text()), options.output)
+    print(options.output)
+
+
+def draw(report: dict, output: Path) -> None:
+    """Write the chart of `report`, a file that bench_fused.py stored, as PNG."""
+    rows = [row for row in report["rows"] if row["dtype"] == DTYPE and row["provider"] in STYLE]
+    workloads = group([row for row in rows if not row["sweep"]])
+    sweep = group([row for row in rows if row["sweep"]])
+    plt.rcParams.update({
+        "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK,
+        "ytick.color": INK, "figure.facecolor": CARD, "axes.facecolor": CARD, "font.family": "DejaVu Sans",
+    })
+    height = 1.9 + 0.46 * len(workloads)
+    figure = plt.figure(figsize=(10, height + (3.6 if sweep else 0)), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=[height, 3.6]) if sweep else [figure]
+    time, memory = parts[0].subplots(1, 2, sharey=True)
+    dots(time, workloads, lambda row: row["p50_ms"], "milliseconds (batch 8, median)")
+    dots(memory, workloads, extra_megabytes, "peak extra memory, MB")
+    for y, found in enumerate(workloads.values()):
+        label_ratio(time, y, found)
+    handles, labels = time.get_legend_handles_labels()
+    parts[0].legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, handletextpad=0.2)
+    if sweep:
+        lines(parts[1], sweep)
+    machine, made = report["machine"], report["provenance"]
+    figure.supxlabel(
+        f"{machine['name']}, {machine['threads']} threads, PyTorch {made['torch']}, {DTYPE}, commit {made['commit']}",
+        fontsize=8, color="#57606a",
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=200)
+    plt.close(figure)
+
+
+def extra_megabytes(row: dict) -> float:
+    """By the meter that saw more; the axis is logarithmic, and neither is worth more than 10 kB."""
+    return max(row["extra_memory_bytes"], row.get("resident_memory_bytes", 0), 1e4) / 1e6
+
+
+def group(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict]]:
+    """(operator, case) to the rows of its providers, of the longest pass that was measured."""
+    longest = {(row["op"], row["case"]): row["pass"] for row in rows}  # forward+backward comes after forward
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        key = (row["op"], row["case"])
+        if row["pass"] == longest[key]:
+            found.setdefault(key, {})[row["provider"]] = row
+    return found
+
+
+def dots(axes, workloads: dict, value, label: str) -> None:
+    names = list(workloads)
+    for y, found in enumerate(workloads.values()):
+        values = [value(row) for row in found.values()]
+        axes.plot([min(values), max(values)], [y, y], color=FAINT, linewidth=3, zorder=1, solid_capstyle="round")
+    for provider, (text, colour, marker) in STYLE.items():
+        at = [(value(found[provider]), y) for y, found in enumerate(workloads.values()) if provider in found]
+        if at:
+            axes.scatter(*zip(*at, strict=True), color=colour, marker=marker, s=38, label=text, zorder=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(names)), [describe(op, case, workloads[op, case]) for op, case in names], fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.7)
+    axes.set_xlabel(label)
+    clean(axes, "x")
+
+
+def describe(op: str, case: str, found: dict) -> str:
+    backward = "  forward + backward" if next(iter(found.values()))["pass"] == "forward+backward" else "  forward"
+    return f"{op}{backward}\n{case}"
+
+
+def label_ratio(axes, y: int, found: dict[str, dict]) -> None:
+    """How much faster the fused operator is than the definition and than torch.compile of it."""
+    for row in found.values():
+        ratios = row["times_faster_than"]
+        if row["provider"] == "cpu":
+            text = f"{ratios['eager']:.0f}x" + (f" / {ratios['compile']:.0f}x" if "compile" in ratios else "")
+            axes.annotate(
+                text, (row["p50_ms"], y), xytext=(0, 5), textcoords="offset points", ha="center", va="bottom",
+                fontsize=8, fontweight="bold", color=STYLE["cpu"][1],
+            )
+
+
+def lines(figure, sweep: dict) -> None:
+    ops = list(dict.fromkeys(op for op, _ in sweep))
+    for axes, op in zip(figure.subplots(1, len(ops), squeeze=False)[0], ops, strict=True):
+        for provider, (_, colour, marker) in STYLE.items():
+            at = sorted(
+                (row[provider]["pixels"] / 1e6, row[provider]["p50_ms"])
+                for (name, _), row in sweep.items() if name == op and provider in row
+            )
+            if at:
+                axes.plot(*zip(*at, strict=True), color=colour, marker=marker, markersize=4)
+        axes.set(xscale="log", yscale="log", title=op, xlabel="megapixels in the batch")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        clean(axes, "both")
+    figure.axes[0].set_ylabel("milliseconds (median)")
+
+
+def clean(axes, grid: str) -> None:
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The report as Markdown."""
+
+PEERS = ("eager", "torch", "compile")
+
+
+def heading(report: dict) -> str:
+    made, machine = report["provenance"], report["machine"]
+    return (
+        f"{machine['name']}, {machine['threads']} threads of {machine['cores']} cores, copy bandwidth "
+        f"{machine['copy_gb_per_s']:.1f} GB/s (read + written), load before the run {machine['load_before']:.1f}\n"
+        f"aml_kernels {made['aml_kernels']} at {made['commit']}, PyTorch {made['torch']}, Python {made['python']}, "
+        f"{made['compiler']}, {made['date']}\n\n"
+        "Times: p50 [p20, p80] in ms. Batch 8 unless the case says otherwise. MB: each input once, each output once, "
+        "per pass; GB/s: that over the median. Extra memory: peak beyond inputs, outputs and gradients. Difference: "
+        "relative L2 from the definition."
+    )
+
+
+def head(fused: list[str]) -> str:
+    best = fused[-1:]
+    columns = [
+        "op", "case", "dtype", "pass", *PEERS, *fused, *(f"{b} faster than {' / '.join(PEERS)}" for b in best), "MB",
+        *(f"{b} GB/s" for b in best), f"extra MB: {' / '.join([*PEERS, *fused])}",
+        f"difference: {' / '.join([*PEERS, *fused])}",
+    ]
+    return _line(columns) + "\n" + _line(["---"] * 4 + ["--:"] * (len(columns) - 4))
+
+
+def line(rows: list[dict], fused: list[str]) -> str:
+    """One workload and pass."""
+    row = {r["provider"]: r for r in rows}
+    who = [*PEERS, *fused]
+    best = [row[b] for b in fused[-1:]]
+    return _line([
+        *(rows[0][key] for key in ("op", "case", "dtype", "pass")),
+        *(_time(row.get(w)) for w in who),
+        *(" / ".join(_ratio(b["times_faster_than"].get(p)) for p in PEERS) for b in best),
+        f"{rows[0]['bytes'] / 1e6:.2f}", *(f"{b['gb_per_s']:.1f}" for b in best),
+        " / ".join(f"{row[w]['extra_memory_bytes'] / 1e6:.2f}" if w in row else "-" for w in who),
+        " / ".join(f"{row[w]['difference']:.0e}" if w in row else "-" for w in who),
+    ])
+
+
+def linearity(rows: list[dict]) -> str:
+    """Nanoseconds per pixel over the sweep, and how far they are from constant."""
+    lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest:", ""]
+    lines += [_line(["op", "pass", "provider", "ns per pixel", "spread"]), _line(["---"] * 3 + ["--:"] * 2)]
+    cost: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["sweep"]:
+            key = (row["op"], row["pass"], row["provider"])
+            cost.setdefault(key, []).append(1e6 * row["p50_ms"] / row["pixels"])
+    for key, values in cost.items():
+        low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
+        lines.append(_line([*key, f"{low:.2f}, {middle:.2f}, {high:.2f}", f"{high / low:.2f}"]))
+    return "\n".join(lines)
+
+
+def overhead(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    ways = list(dict.fromkeys(row["call"] for row in rows))
+    lines = ["", "Host overhead: one call on one 8x8 image, p50 [p20, p80] in us.", ""]
+    lines += [_line(["op", "pass", *ways]), _line(["---"] * 2 + ["--:"] * len(ways))]
+    groups: dict[tuple, dict] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["pass"]), {})[row["call"]] = row
+    for key, row in groups.items():
+        times = (f"{row[w]['p50_us']:.1f} [{row[w]['p20_us']:.1f}, {row[w]['p80_us']:.1f}]" for w in ways)
+        lines.append(_line([*key, *times]))
+    return "\n".join(lines)
+
+
+def memory(rows: list[dict]) -> str:
+    """Does the process grow by more than PyTorch's allocator knows of?"""
+    lines = ["", "Extra memory by two meters, MB: PyTorch's allocator, and growth of a whole process (+-0.3 MB).", ""]
+    lines += [_line(["op", "case", "dtype", "pass", "provider", "allocator", "process"])]
+    lines += [_line(["---"] * 5 + ["--:"] * 2)]
+    for row in rows:
+        if "resident_memory_bytes" in row:
+            sizes = (f"{row[key] / 1e6:.2f}" for key in ("extra_memory_bytes", "resident_memory_bytes"))
+            lines.append(_line([*(row[key] for key in ("op", "case", "dtype", "pass", "provider")), *sizes]))
+    return "\n".join(lines)
+
+
+def _time(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    return " ".join([_short(row["p50_ms"]), f"[{_short(row['p20_ms'])}, {_short(row['p80_ms'])}]"])
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}x"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
