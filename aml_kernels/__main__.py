@@ -1,6 +1,5 @@
 """`python -m aml_kernels`: what was built, what would run, and a check that it computes the right thing."""
 
-import importlib.util
 import platform
 import sys
 
@@ -18,13 +17,15 @@ def describe() -> list[tuple[str, str]]:
         ("processor", f"{platform.machine()}, {torch.get_num_threads()} threads"),
     ]
     if _backend.EXTENSION_MISSING is None:
-        from aml_kernels import _C
+        from aml_kernels import _C  # type: ignore[attr-defined]
 
         rows.append(("extension", f"CPU kernels for {_C.instruction_set()}"))
     else:
         rows.append(("extension", f"missing: {_backend.EXTENSION_MISSING}"))
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
-    rows.append(("triton", f"{triton}; no operator has a Triton kernel yet"))
+    rows.append(("operators", ", ".join(n for n in aml_kernels.__all__ if n.islower())))
+    for backend in _backend.BACKENDS:
+        reason = _backend.missing(backend, "cpu")
+        rows.append((f"back end {backend!r}", "runs CPU tensors" if reason is None else f"cannot run: {reason}"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rows.append(("GPUs", ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none"))
     forced = f" (forced by AML_KERNELS_BACKEND={_backend.FORCED})" if _backend.FORCED else ""

@@ -1,6 +1,5 @@
 """Which code runs a call: the embedded C++ of the extension where it was built, else plain PyTorch."""
 
-import functools
 import os
 
 import torch
@@ -20,7 +19,6 @@ BACKENDS = ("reference", "cpu")
 FORCED = os.environ.get("AML_KERNELS_BACKEND") or None
 
 
-@functools.cache
 def missing(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run tensors of `device_type`; None if it can."""
     if backend == "cpu":
@@ -28,12 +26,12 @@ def missing(backend: str, device_type: str) -> str | None:
     return None
 
 
-@functools.cache
 def _choose(backend: str | None, device_type: str) -> str:
     if backend is None:
         return "cpu" if missing("cpu", device_type) is None else "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+        source = "AML_KERNELS_BACKEND" if backend == FORCED else "backend"
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     reason = missing(backend, device_type)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} was asked for and cannot run: {reason}")

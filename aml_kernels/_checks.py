@@ -1,6 +1,6 @@
 """Argument checks of the public functions: each error names the argument, what was given and what is accepted."""
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -39,12 +39,15 @@ def same_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {device} (that of {first}), got {value.device}")
 
 
-def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+LARGEST = sys.float_info.max
+
+
+def number(name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> None:
     """A finite real number in [low, high]."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not low <= value <= high or not math.isfinite(value):
-        bounds = "a finite number" if (low, high) == (-math.inf, math.inf) else f"a number in [{low:g}, {high:g}]"
+    if not low <= value <= high:  # neither is NaN
+        bounds = "a finite number" if low == -high == -LARGEST else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: expected {bounds}, got {value}")
 
 

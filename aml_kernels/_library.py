@@ -28,8 +28,8 @@ def differentiable(
     """`op` with a derivative, as a function of the same arguments.
 
     inputs: how many leading arguments are tensors that may require grad.
-    setup(ctx, arguments, outputs) stores what the derivative needs; gradients(ctx, grad) returns the gradients of
-    the leading `inputs` arguments. Only the first output has a gradient.
+    setup(ctx, arguments, outputs) stores what the derivative needs; gradients(ctx, saved, grad) returns the gradients
+    of the leading `inputs` arguments from the saved tensors. Only the first output has a gradient.
     """
 
     def setup_context(ctx, inputs, output):
@@ -38,11 +38,14 @@ def differentiable(
         ctx.arguments = len(inputs)
         setup(ctx, inputs, output)
 
-    def backward(ctx, grad, *_):
-        given = (None,) * inputs if grad is None else gradients(ctx, grad)
+    def backward(ctx, saved, grad):
+        given = (None,) * inputs if grad is None else gradients(ctx, saved, grad)
         return (*given, *(None,) * (ctx.arguments - inputs))
 
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=LIBRARY)
+    def traced_backward(ctx, grad, *_):
+        return backward(ctx, ctx.saved_tensors, grad)
+
+    torch.library.register_autograd(op, traced_backward, setup_context=setup_context, lib=LIBRARY)
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -53,10 +56,12 @@ def differentiable(
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, *grads):
+        def backward(ctx, grad, *_):
+            saved = ctx.saved_tensors  # under checkpointing this runs the forward again, with autograd
+            if torch.is_grad_enabled():  # create_graph=True: recorded, so that a second derivative is refused
+                return backward(ctx, saved, grad)
             with torch._C._AutoDispatchBelowAutograd():
-                return backward(ctx, *grads)
+                return backward(ctx, saved, grad)
 
     Eager.__name__ = Eager.__qualname__ = str(op)
 

@@ -54,9 +54,8 @@ def aml_loss(
         logits, target, None, quantile, threshold, valid, map_valid, protect_target, bce_weight, dice_weight,
         class_weight, smooth, reduction,
     )
+    _checks.tensor("visual", visual, (4,), _checks.FLOAT_TYPES, "[B, C, h, w]")
     check_features(visual, text, text_mask, normalize, scale, softmax)
-    if visual.dim() != 4:
-        raise ValueError(f"visual: expected [B, C, h, w], got shape {list(visual.shape)}")
     _checks.shape("visual", visual, (logits.shape[0], *visual.shape[1:]), "batch of logits")
     if map_valid is not None:
         _checks.shape("map_valid", map_valid, (visual.shape[0], *visual.shape[2:]), "one per cell of visual")
@@ -98,8 +97,8 @@ def _setup(ctx, arguments, output):
     ctx.save_for_backward(logits, target, output[3] if quantile_or_threshold else None, valid, output[1])
 
 
-def _gradients(ctx, grad):
-    return (backward(grad, *ctx.saved_tensors, *ctx.options),)
+def _gradients(ctx, saved, grad):
+    return (backward(grad, *saved, *ctx.options),)
 
 
 _aml_loss = differentiable(_forward, 1, _setup, _gradients)

@@ -35,7 +35,7 @@ def masked_loss(
         logits: `[B, h', w']` or `[B, 1, h', w']`, fp32, bf16, fp16 or fp64. If smaller or larger than the target it
             is resized bilinearly with `align_corners=True` (the convention of RIS), inside the kernel.
         target: `[B, H, W]` bool, uint8 (0 or 1) or float in [0, 1] (soft). A kept value outside [0, 1] is an error
-            on the CPU and makes the sample's loss NaN on a GPU. No gradient.
+            on the CPU and makes the sample's loss NaN on a GPU and in compiled plain PyTorch. No gradient.
         similarity: `[B, h, w]` float, e.g. of `pixel_text_similarity`; resized bilinearly (`align_corners=False`) to
             the target's size inside the kernel. May be None if nothing is to be left out. No gradient: the threshold
             is hard.
@@ -119,8 +119,9 @@ def check_loss(
     _checks.number("smooth", smooth, 1e-30)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     return (
-        limits, None if limits is not None else threshold, quantile, RANK_IN_FP64, protect_target,
-        bce_weight, dice_weight, negative, positive, smooth, REDUCTIONS.index(reduction),
+        limits.float() if limits is not None and limits.dtype != torch.float64 else limits,
+        None if limits is not None else threshold, quantile, RANK_IN_FP64, protect_target, bce_weight, dice_weight,
+        negative, positive, smooth, REDUCTIONS.index(reduction),
     )
 
 
@@ -177,8 +178,8 @@ def _setup(ctx, arguments, output):
     ctx.save_for_backward(logits, target, similarity, valid, output[1])
 
 
-def _gradients(ctx, grad):
-    return (backward(grad, *ctx.saved_tensors, *ctx.options),)
+def _gradients(ctx, saved, grad):
+    return (backward(grad, *saved, *ctx.options),)
 
 
 _masked_loss = differentiable(_forward, 1, _setup, _gradients)

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import _checks, reference
 from ._backend import choose
 from ._library import define, is_traced
-from .reference.quantile import RANK_IN_FP64
+from .reference.quantile import RANK_IN_FP64, working_type
 
 INTERPOLATIONS = ("linear", "lower", "higher", "midpoint", "nearest")
 
@@ -50,7 +50,7 @@ def sample_quantile(
     if choose(backend, values.device) == "reference":
         return reference.sample_quantile(values, q, valid=valid, interpolation=interpolation)
     arguments = (
-        values, 0.0 if per_sample else q, q if per_sample else None, valid,
+        values, 0.0 if per_sample else q, q.to(working_type(values)) if per_sample else None, valid,
         INTERPOLATIONS.index(interpolation), RANK_IN_FP64,
     )
     if is_traced(values):
@@ -60,8 +60,7 @@ def sample_quantile(
 
 
 def _fake(values, q, q_per_sample, valid, interpolation, rank_in_fp64):
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return values.new_empty(values.shape[:1], dtype=dtype)
+    return values.new_empty(values.shape[:1], dtype=working_type(values))
 
 
 _quantile = define(

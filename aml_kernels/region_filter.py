@@ -61,7 +61,7 @@ def filter_regions(
     if protect is not None:
         _checks.tensor("protect", protect, (3,), _checks.MASK_TYPES, "[B, H, W]")
         _checks.shape("protect", protect, (samples, rows, columns), "batch and size of image")
-    colour = [fill] * channels if isinstance(fill, (int, float)) else list(fill)
+    colour = list(fill) if isinstance(fill, Sequence) else [fill] * channels
     if len(colour) != channels:
         raise ValueError(f"fill: expected a number or {channels} of them (one per channel), got {len(colour)}")
     for value in colour:

@@ -96,9 +96,8 @@ def _setup(ctx, arguments, output):
     ctx.save_for_backward(visual, text, text_mask)
 
 
-def _gradients(ctx, grad):
-    visual, text, text_mask = ctx.saved_tensors
-    return _backward(grad, visual, text, text_mask, *ctx.options)
+def _gradients(ctx, saved, grad):
+    return _backward(grad, *saved, *ctx.options)
 
 
 _similarity = differentiable(_forward, 2, _setup, _gradients)

@@ -1,6 +1,6 @@
 """The definition of every operator, in plain PyTorch: readable, correct in fp64, and the oracle of the tests.
 
-These functions check nothing; the public functions of `aml_kernels` do. They run anywhere, are differentiable by
+The public functions of `aml_kernels` check the arguments. They run anywhere, are differentiable by
 autograd, and are what `backend="reference"` runs.
 """
 

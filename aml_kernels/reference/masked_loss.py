@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .quantile import sample_quantile
+from .quantile import sample_quantile, working_type
 from .resize import resize_bilinear
 
 
@@ -28,7 +29,7 @@ def masked_loss(
     bce_weight: float = 1.0, dice_weight: float = 1.0, class_weight: tuple[float, float] | None = None,
     smooth: float = 1e-5, reduction: str = "mean",
 ) -> tuple[Tensor, MaskedLossStats]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = working_type(logits)
     size = tuple(target.shape[1:])
     logits = logits.squeeze(1) if logits.dim() == 4 else logits
     logits = resize_bilinear(logits.to(dtype), size, align_corners=True)
@@ -37,12 +38,12 @@ def masked_loss(
 
     exists = torch.ones_like(is_target) if valid is None else valid
     keep = exists
-    limit = logits.new_full((len(logits),), -torch.inf)
+    limit = logits.new_full(logits.shape[:1], -torch.inf)
     if quantile is not None or threshold is not None:
         similarity = similarity.detach().to(dtype)
         limit = (
             sample_quantile(similarity, quantile, valid=map_valid) if threshold is None
-            else torch.as_tensor(threshold, dtype=dtype, device=logits.device).expand(len(logits))
+            else torch.as_tensor(threshold, dtype=dtype, device=logits.device).detach().expand(logits.shape[0])
         )
         aligned = resize_bilinear(similarity, size, align_corners=False) >= limit[:, None, None]
         keep = exists & (aligned | is_target) if protect_target else exists & aligned
@@ -52,7 +53,7 @@ def masked_loss(
     negative, positive = class_weight or (1.0, 1.0)
     weight = (negative + (positive - negative) * y).where(keep, torch.zeros_like(y))
     p = z.sigmoid().where(keep, torch.zeros_like(z))
-    cross_entropy = z.clamp_min(0) - z * y + torch.log1p(torch.exp(-z.abs()))
+    cross_entropy = functional.binary_cross_entropy_with_logits(z, y, reduction="none")
 
     pixels = (1, 2)
     total = weight.sum(pixels)
@@ -62,6 +63,10 @@ def masked_loss(
     kept = keep.sum(pixels)
     dice = dice.where(kept > 0, torch.zeros_like(dice))
     loss = bce_weight * bce + dice_weight * dice
+    outside = (keep & ~((label >= 0) & (label <= 1))).sum(pixels)
+    if outside.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would stall
+        refuse_targets(outside)
+    loss = loss.masked_fill(outside > 0, torch.nan)
 
     predicted = (logits > 0) & exists
     stats = MaskedLossStats(
@@ -70,3 +75,13 @@ def masked_loss(
         bce.detach(), dice.detach(),
     )
     return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction](), stats
+
+
+def refuse_targets(outside: Tensor) -> None:
+    """`outside [B]`: how many kept target values are no probabilities."""
+    for sample, count in enumerate(outside.tolist()):
+        if count:
+            raise ValueError(
+                f"target: expected 0 and 1, or probabilities in [0, 1], at every kept pixel; sample {sample} has {count} "
+                "others. Pass target > 0 for a 0/255 mask, and pixels to ignore as valid = target != 255"
+            )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .quantile import sample_quantile
+from .quantile import sample_quantile, working_type
 from .resize import resize_bilinear
 
 
@@ -15,7 +15,7 @@ def filter_regions(
     fill: float | Tensor = 0.0, seed: int,
 ) -> tuple[Tensor, Tensor]:
     samples, channels, rows, columns = image.shape
-    similarity = similarity.to(torch.float64 if similarity.dtype == torch.float64 else torch.float32)
+    similarity = similarity.to(working_type(similarity))
     limit = (
         sample_quantile(similarity, quantile) if threshold is None
         else torch.as_tensor(threshold, dtype=similarity.dtype, device=image.device).expand(samples)
@@ -36,7 +36,7 @@ def filter_regions(
 
     pixels = dropped.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[:, None, :rows, :columns]
     fill = torch.as_tensor(fill, dtype=image.dtype, device=image.device).reshape(1, -1, 1, 1)
-    return torch.where(pixels, fill, image), dropped
+    return torch.where(pixels, fill, image).contiguous(), dropped
 
 
 def _any_in_block(pixels: Tensor, block: int) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .quantile import working_type
+
 SMALLEST_NORM = 1e-12  # vectors shorter than this have no direction: similarity 0, gradient 0
 
 
@@ -11,11 +13,14 @@ def pixel_text_similarity(
     normalize: bool = True, scale: float = 1.0, softmax: bool = False,
 ) -> Tensor:
     pixels = visual.flatten(2).transpose(1, 2) if visual.dim() == 4 else visual
-    dtype = torch.float64 if visual.dtype == torch.float64 else torch.float32
+    dtype = working_type(visual)
     pixels, words = pixels.to(dtype), text.to(dtype)
+    if text_mask is not None:  # replaced before any arithmetic: padding may hold NaN
+        words = words.where(text_mask[:, :, None], torch.zeros_like(words))
     if normalize:
         pixels, words = _unit(pixels), _unit(words)
-    score = scale * (pixels @ words.transpose(1, 2))
+    with torch.autocast(visual.device.type, enabled=False):  # which would multiply in half precision
+        score = scale * (pixels @ words.transpose(1, 2))
     if text_mask is not None:
         score = score.masked_fill(~text_mask[:, None, :], -torch.inf)
     word = score.argmax(-1, keepdim=True)  # the first of equals

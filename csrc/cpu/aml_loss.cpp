@@ -11,6 +11,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aml_loss(
     double bce_weight, double dice_weight, double negative_weight, double positive_weight, double smooth,
     int64_t reduction) {
   require(visual.dim() == 4 && visual.size(0) == logits.size(0), "visual: expected [B, C, h, w] with the batch of logits");
+  require(!map_valid || (map_valid->dim() == 3 && map_valid->size(0) == logits.size(0)),
+          "map_valid: expected [B, h, w] with the batch of logits");
   const Tensor similarity = similarity_map(visual, text, text_mask, {normalize, scale, softmax});
   const bool filtered = thresholds || threshold || quantile;
   auto [loss, sums, counts] = masked_loss_of_map(

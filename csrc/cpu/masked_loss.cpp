@@ -149,6 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_loss(
     double smooth, int64_t reduction) {
   require(!similarity || (similarity->dim() == 3 && similarity->size(0) == logits.size(0)),
           "similarity: expected [B, h, w] with the batch of logits");
+  require(!map_valid || (map_valid->dim() == 3 && map_valid->size(0) == logits.size(0)),
+          "map_valid: expected [B, h, w] with the batch of logits");
   return masked_loss_of_map(logits, target, plane(similarity), valid, plane(map_valid),
                             {thresholds, threshold, quantile, rank_in_fp64}, protect_target,
                             {bce_weight, dice_weight, negative_weight, positive_weight, smooth}, reduction);

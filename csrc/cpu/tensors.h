@@ -137,6 +137,8 @@ template <class T>
 void sample_limits(const Limit& limit, const Plane& map, const Plane& map_valid, int64_t samples, T* out) {
   if (limit.quantile) {
     require(map.data, "similarity: expected [B, h, w] where quantile is given, got None");
+    require(!map_valid.data || (map_valid.rows == map.rows && map_valid.columns == map.columns),
+            "map_valid: expected the shape of similarity");
     const QuantileCall<T> call{map, map_valid, limit.rank_in_fp64, Interpolation::linear};
     const auto& kernel = quantile_kernels<T>();
     parallel_tasks<T>(samples, kernel.scratch(call), [&](int64_t b, T* scratch) {
@@ -144,6 +146,8 @@ void sample_limits(const Limit& limit, const Plane& map, const Plane& map_valid,
     });
     return;
   }
+  require(!limit.thresholds || (limit.thresholds->dim() == 1 && limit.thresholds->size(0) == samples),
+          "threshold: expected a number or [B]");
   for (int64_t b = 0; b < samples; ++b) {
     out[b] = limit.threshold ? T(*limit.threshold) : -std::numeric_limits<T>::infinity();
     if (limit.thresholds) {
