@@ -65,7 +65,7 @@ class ModelConfig(_Section):
     image_size: int = _setting(224, "side of the square input image, in pixels", low=32, high=4096)
     max_tokens: int = _setting(20, "longest sentence in tokens, [CLS] and [SEP] included", low=3, high=512)
     dim: int = _setting(128, "width of the decoder, a multiple of 64", low=64)
-    layers: int = _setting(3, "transformer layers over pixels and words", low=1)
+    layers: int = _setting(2, "transformer layers over pixels and words", low=1)
 
 
 @dataclass(frozen=True)

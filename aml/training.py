@@ -18,7 +18,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -145,8 +146,8 @@ class _Trainer:
         """From the present step to the last one. Collective."""
         settings, position = self.config.train, self.progress
         self._open_directory()
-        batches = self._batches()
-        with StopSignals() as signals, self._bar() as self.bar:
+        # Closed in any case, so that its processes end: Python would wait for them.
+        with closing(self._batches()) as batches, StopSignals() as signals, self._bar() as self.bar:
             while not self._finished():
                 self._step(batches)
                 position.step += 1
@@ -183,7 +184,7 @@ class _Trainer:
         length = len(self.train_set)
         return EpochBatches(length, settings.batch_size, settings.seed, epoch, self.rank, self.world, start)
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _batches(self) -> Generator[dict[str, Any], None, None]:
         """Batches from the present step on, without end; one loader for all epochs: its workers live on."""
         accumulate = self.config.train.accumulate
 
@@ -194,17 +195,15 @@ class _Trainer:
                 yield from islice(batches, (self.steps_per_epoch - done) * accumulate)
                 done = 0
 
-        return iter(
-            DataLoader(
-                self.train_set,
-                batch_sampler=keys(),  # type: ignore[arg-type]  # any iterable will do
-                collate_fn=collate,
-                num_workers=self.config.train.workers,
-                worker_init_fn=_let_the_parent_stop,
-                pin_memory=self.device.type == "cuda",
-                # A generator of its own: the loader would draw from the global one, which belongs to dropout.
-                generator=torch.Generator(),
-            )
+        yield from DataLoader(
+            self.train_set,
+            batch_sampler=keys(),  # type: ignore[arg-type]  # any iterable will do
+            collate_fn=collate,
+            num_workers=self.config.train.workers,
+            worker_init_fn=_let_the_parent_stop,
+            pin_memory=self.device.type == "cuda",
+            # A generator of its own: the loader would draw from the global one, which belongs to dropout.
+            generator=torch.Generator(),
         )
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
@@ -437,8 +436,12 @@ def _accelerator(config: Config) -> accelerate.Accelerator:
 
 def _let_the_parent_stop(_: int) -> None:
     """For loader processes: Ctrl-C and job schedulers signal all processes, but the main one decides."""
+
+    def ignore_once(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, ignore_once)
 
 
 def _starting_point(config: Config, resume: bool) -> Path | None:

@@ -2,15 +2,14 @@
 
 import errno
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tiny
 import torch
 from torch import nn
 
@@ -178,33 +177,40 @@ def test_a_failure_at_any_write_leaves_a_loadable_checkpoint(tmp_path):
     assert len(failures) > 20
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from aml import checkpoint
-torch.set_num_threads(1)
-model = torch.nn.Linear(512, 512)
-optimizer = torch.optim.AdamW(model.parameters())
-model(torch.ones(1, 512)).sum().backward(); optimizer.step()
-for step in range(1, 100000):
-    torch.nn.init.constant_(model.bias, float(step))
-    checkpoint.save(Path(sys.argv[1]), step, model=model, aligner=torch.nn.Identity(), keep=1,
-                    optimizer=optimizer.state_dict(), ranks=[{}], state={"step": step}, config="")
-    print(step, flush=True)
-"""
+def write_without_end(run: Path, said) -> None:
+    model = nn.Linear(512, 512)
+    optimizer = {"momentum": torch.zeros(512, 1024)}
+    for step in range(1, 100_000):
+        nn.init.constant_(model.bias, float(step))
+        checkpoint.save(
+            run,
+            step,
+            model=model,
+            aligner=nn.Identity(),
+            optimizer=optimizer,
+            ranks=[{}],
+            state={"step": step},
+            config="",
+            keep=1,
+        )
+        said.send(step)
 
 
 def test_kill_9_while_saving_leaves_a_loadable_checkpoint(tmp_path):
-    for delay in (0.0, 0.007, 0.019):
+    for delay in (0.0, 0.003, 0.007, 0.013, 0.019):
         run = tmp_path / str(delay)
-        command = [sys.executable, "-c", WRITER, str(run)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            try:
-                saved = [int(writer.stdout.readline()) for _ in range(2)]
-                time.sleep(delay)
-            finally:
-                writer.send_signal(signal.SIGKILL)
-            saved += [int(line) for line in writer.stdout.read().split()]
+        hears, says = multiprocessing.Pipe(duplex=False)
+        writer = tiny.start(write_without_end, run, says)
+        says.close()
+        saved = [hears.recv(), hears.recv()]
+        time.sleep(delay)
+        writer.kill()
+        writer.join()
+        try:
+            while True:
+                saved.append(hears.recv())
+        except EOFError:
+            pass
         path, _ = newest(run)
         step = read(path).state["step"]
         assert step in (saved[-1], saved[-1] + 1)

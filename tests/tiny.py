@@ -39,13 +39,14 @@ def write_text_encoder(folder: Path) -> Path:
 
 
 def settings(data: Path, text_encoder: Path, out: Path, *more: str) -> list[str]:
-    """Words for `aml.config.load`: 3 steps an epoch, open averages at most checkpoints, dropout at work."""
+    """Words for `aml.config.load`. The text encoder is trained, so that its dropout draws random numbers."""
     return [
         f"data.root={data}",
         f"train.out={out}",
         "model.backbone=test_efficientnet",
         f"model.text_encoder={text_encoder}",
         "model.pretrained=false",
+        "model.freeze_encoders=false",
         "model.image_size=64",
         "model.max_tokens=12",
         "model.dim=64",
@@ -63,7 +64,7 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["aml.training"])
 
 
-def start(function, *arguments) -> multiprocessing.Process:
+def start(function, *arguments):
     process = _processes.Process(target=function, args=arguments)
     process.start()
     return process
