@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.fx.experimental._config
 from helpers import coin, laid_out, loss_inputs, normal, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from aml_kernels import aml_loss, filter_regions, masked_loss, pixel_text_similarity, sample_quantile
 
@@ -96,19 +99,21 @@ def result_of(step, arguments):
 
 # "inductor" generates code; "aot_eager" does all but that, and is quick.
 @pytest.mark.parametrize(("compiler", "dynamic"), (("inductor", False), ("aot_eager", False), ("aot_eager", True)))
+# Sizes that happen to be equal in the first call need not be in the next.
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compile(backend, compiler, dynamic):
-    if (compiler, backend) == ("inductor", "reference"):
-        pytest.skip("code for plain PyTorch is PyTorch's to generate, and takes half a minute")
+    if backend == "reference" and (compiler == "inductor" or dynamic):
+        pytest.skip("takes half a minute; that plain PyTorch can be traced is shown by the static case and by export")
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
-    compiled = torch.compile(train_step(backend), fullgraph=True, dynamic=dynamic, backend=counter)
+    recorder = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    compiled = torch.compile(train_step(backend), fullgraph=True, dynamic=dynamic, backend=recorder)
     for size, batch in (((5, 6), 2), ((7, 11), 3), ((10, 6), 5)) if dynamic else (((5, 6), 2),):
         arguments = arguments_of_step(size, batch)
         actual, expected = result_of(compiled, arguments), result_of(train_step(backend), arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
-    assert counter.frame_count == 1, "another size compiled again"
     if backend == "cpu":
-        used = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
+        used = {str(node.target) for graph in recorder.graphs for node in graph.graph.nodes}
         assert {f"aml_kernels.{x}.default" for x in ("masked_loss", "aml_loss", "sample_quantile")} <= used
 
 
@@ -163,7 +168,7 @@ def test_checkpoint(backend):
     for checkpointed in (False, True):
         leaves = [x.detach().requires_grad_() for x in (logits, visual, text)]
         if checkpointed:
-            loss = torch.utils.checkpoint.checkpoint(step, *leaves, use_reentrant=False)
+            loss = checkpoint(step, *leaves, use_reentrant=False)
         else:
             loss = step(*leaves)
         gradients.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
