@@ -10,7 +10,8 @@ def resize_bilinear(image: Tensor, size: tuple[int, int], *, align_corners: bool
     Agrees with `torch.nn.functional.interpolate(mode="bilinear")` up to rounding. Three things are fixed here that
     PyTorch leaves open, because a pixel is kept or left out by comparing the result with a threshold:
     coordinates come from integers (no rounding before the last division), no multiply-add is fused, and the result
-    is never below the smaller of its two neighbours, so that the minimum of a map bounds its resized values.
+    is never below the smaller of its two neighbours, so that the minimum of a map bounds its resized values. A
+    neighbour of weight 0 is not looked at: NaN there stays there.
     """
     rows, columns = size
     if tuple(image.shape[1:]) == (rows, columns):
@@ -23,7 +24,8 @@ def resize_bilinear(image: Tensor, size: tuple[int, int], *, align_corners: bool
 
 def _interpolate(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     value, least = a + weight * (b - a), torch.where(b < a, b, a)
-    return torch.where(value < least, least, value)
+    value = torch.where(value < least, least, value)
+    return torch.where(a.isinf() & (a == b), a, value)  # not inf - inf
 
 
 def _coordinates(source: int, destination: int, align_corners: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +37,7 @@ def _coordinates(source: int, destination: int, align_corners: bool, like: Tenso
         numerator = ((2 * index + 1) * source - destination).clamp_min(0)
         denominator = 2 * destination
     below = numerator // denominator
-    # Past the last source index there is nothing to blend with: both neighbours are the last one.
-    weight = (numerator - below * denominator).to(like.dtype) / denominator
-    return below, (below + 1).clamp_max(source - 1), weight
+    remainder = numerator - below * denominator
+    # Without a weight, and past the last index, there is nothing to blend with: both neighbours are the same.
+    above = torch.where(remainder > 0, below + 1, below).clamp_max(source - 1)
+    return below, above, remainder.to(like.dtype) / denominator

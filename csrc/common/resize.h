@@ -8,7 +8,7 @@ namespace aml {
 template <class T>
 struct Coordinate {
   int64_t below;  // source index
-  int64_t above;  // the next one, or the last
+  int64_t above;  // the next one; `below` itself where that is the last or has no weight
   T weight;       // of `above`
 };
 
@@ -26,17 +26,17 @@ AML_INLINE Coordinate<T> coordinate(int64_t i, int64_t source, int64_t destinati
     if (numerator < 0) numerator = 0;
   }
   const int64_t below = numerator / denominator;
-  const T weight = T(numerator - below * denominator) / T(denominator);
-  return {below, below + 1 < source ? below + 1 : source - 1, weight};
+  const int64_t remainder = numerator - below * denominator;
+  return {below, remainder > 0 && below + 1 < source ? below + 1 : below, T(remainder) / T(denominator)};
 }
 
-// a + weight (b - a), never below the smaller of the two; NaN if either is NaN.
+// a + weight (b - a), never below the smaller of the two; NaN if either is NaN. Between equal infinities: that.
 template <class T>
 AML_INLINE T interpolate(T a, T b, T weight) {
   const T product = weight * (b - a);
   const T value = a + product;
   const T least = b < a ? b : a;
-  return value < least ? least : value;
+  return a == b ? a : value < least ? least : value;
 }
 
 }  // namespace aml
