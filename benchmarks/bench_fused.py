@@ -36,12 +36,12 @@ ALLOWED = 1e-2
 class Effort:
     seconds: float  #: of sampling per workload and pass
     least: int  #: samples
-    overhead_calls: int
-    overhead_rounds: int
+    passes: slice  #: of (forward, forward+backward)
 
 
-FULL = Effort(seconds=6.0, least=15, overhead_calls=1000, overhead_rounds=15)
-QUICK = Effort(seconds=0.5, least=5, overhead_calls=50, overhead_rounds=5)
+FULL = Effort(seconds=6.0, least=15, passes=slice(None))
+SWEEP = Effort(seconds=2.0, least=7, passes=slice(-1, None))
+QUICK = Effort(seconds=0.5, least=5, passes=slice(-1, None))
 
 
 def main() -> None:
@@ -54,13 +54,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile misses a GPU
 
-    meter, effort = measure.CpuMeter(), QUICK if options.quick else FULL
-    builders = (cases.quick if options.quick else cases.standard)(meter.device)
-    sweep = cases.sweep(meter.device) if options.sweep else []
+    meter = measure.CpuMeter()
+    effort, workloads = (QUICK, cases.quick) if options.quick else (FULL, cases.standard)
+    plan = [(effort, build) for build in workloads(meter.device)]
+    if options.sweep:
+        plan += [(SWEEP, build) for build in cases.sweep(meter.device)]
     report = {"provenance": measure.provenance(), "machine": meter.describe(), "rows": [], "overhead": []}
     fused = available(meter)
     print(tables.heading(report), tables.head(fused), sep="\n\n", flush=True)
-    for build in builders + sweep:
+    for effort, build in plan:
         for rows in benchmark(build, fused, meter, effort):
             report["rows"] += rows
             print(tables.line(rows, fused), flush=True)
@@ -69,9 +71,8 @@ def main() -> None:
         print(tables.linearity(report["rows"]))
 
     for backend in fused:
-        report["overhead"] += overhead.host_overhead(
-            meter.device, backend, calls=effort.overhead_calls, rounds=effort.overhead_rounds,
-        )
+        calls, rounds = (50, 5) if options.quick else (1000, 15)
+        report["overhead"] += overhead.host_overhead(meter.device, backend, calls=calls, rounds=rounds)
     print(tables.overhead(report["overhead"]))
     if not options.quick:
         add_resident_memory(report["rows"], resident.measured(fused, options.threads))
@@ -99,7 +100,7 @@ def benchmark(
     if workload.compile:
         providers["compile"] = compiled(workload.eager)
     providers |= {backend: workload.fused(backend) for backend in fused}
-    for name in workload.passes:
+    for name in workload.passes[effort.passes]:
         calls = {who: workload.call(provider, name) for who, provider in providers.items()}
         agreement = check(workload, name, calls)
         seconds = measure.alternate(calls, meter.sample, seconds=effort.seconds, least=effort.least)

@@ -6,7 +6,7 @@ PEERS = ("eager", "torch", "compile")
 def heading(report: dict) -> str:
     made, machine = report["provenance"], report["machine"]
     return (
-        f"{machine['name']}, {machine['threads']} threads of {machine['cores']} cores, copy bandwidth "
+        f"{machine['name']}, threads: {machine['threads']} of {machine['cores']} cores, copy bandwidth "
         f"{machine['copy_gb_per_s']:.1f} GB/s (read + written), load before the run {machine['load_before']:.1f}\n"
         f"aml_kernels {made['aml_kernels']} at {made['commit']}, PyTorch {made['torch']}, Python {made['python']}, "
         f"{made['compiler']}, {made['date']}\n\n"
