@@ -75,7 +75,8 @@ def train(words: list[str]) -> None:
 
     from aml import cli
 
-    os.setsid()  # a process group of its own, to be signalled as a whole
+    os.setsid()  # a process group of its own, to be signalled as a whole, with the loader's processes in it
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     raise SystemExit(cli.main(["train", *words]))
 
