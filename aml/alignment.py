@@ -11,6 +11,7 @@ the idea and the Gaussian projection; the trained projection and filtering the l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,9 @@ class GaussianProjection(nn.Module):
     Similarities need only inner products in the wide space. With [W_visual W_text] = QR and orthonormal Q, the columns
     of the small triangular R have the same ones, so that the wide features are never formed.
     """
+
+    visual: Tensor
+    text: Tensor
 
     def __init__(self, visual_dim: int, text_dim: int, seed: int):
         super().__init__()
@@ -103,7 +107,7 @@ class AlignmentLoss(nn.Module):
         self.warmup_steps, self.seed = warmup_steps, seed
         self.learns = projection == "trained"
         if self.learns:
-            self.projection = TrainedProjection(visual_dim, text_dim, dim)
+            self.projection: nn.Module = TrainedProjection(visual_dim, text_dim, dim)
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
             self.bias = nn.Parameter(torch.tensor(-4.0))
         else:
@@ -148,11 +152,11 @@ class AlignmentLoss(nn.Module):
 
     def _filter(
         self, logits: Tensor, target: Tensor, similarity: Tensor, map_valid: Tensor | None, step: int
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """The arguments of `masked_loss` that say which pixels are left out."""
         if self.strategy == "none" or step < self.warmup_steps:
             return {}
-        by_alignment = {
+        by_alignment: dict[str, Any] = {
             "similarity": similarity,
             "quantile": self.quantile,
             "map_valid": map_valid,
@@ -176,7 +180,7 @@ class AlignmentLoss(nn.Module):
         return torch.rand(target.shape, generator=generator, device=target.device)
 
     def _auxiliary_loss(self, similarity: Tensor, target: Tensor, map_valid: Tensor | None) -> Tensor:
-        share = F.adaptive_avg_pool2d(target.float(), similarity.shape[-2:])
+        share = F.adaptive_avg_pool2d(target.float(), tuple(similarity.shape[-2:]))
         logits = similarity * self.log_scale.exp() + self.bias
         loss = F.binary_cross_entropy_with_logits(logits, share, reduction="none")
         if map_valid is None:

@@ -82,7 +82,7 @@ def overlay(photo: Image.Image, mask: np.ndarray, sentence: str = "") -> Image.I
     pixels = np.asarray(photo, dtype=np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
     background = (0.6 * pixels + 0.4 * grey) * BACKGROUND_LIGHT
-    inside = pixels * (1 - TINT_STRENGTH) + np.float32(TINT) * TINT_STRENGTH
+    inside = pixels * (1 - TINT_STRENGTH) + np.array(TINT, np.float32) * TINT_STRENGTH
     picture = Image.fromarray(np.where(mask[..., None], inside, background).astype(np.uint8))
 
     width = max(1, round(min(photo.size) / 200))

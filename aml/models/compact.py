@@ -132,7 +132,7 @@ class CompactRIS(RISModel):
 
     def _set_tokenizer(self, tokenizer: Tokenizer) -> None:
         tokenizer.enable_truncation(self.max_tokens)
-        tokenizer.enable_padding(**{**tokenizer.padding, "length": self.max_tokens})
+        tokenizer.enable_padding(**{**(tokenizer.padding or {}), "length": self.max_tokens})
         self.tokenizer = tokenizer
         # What an empty sentence is encoded to: start, end and padding.
         special = sorted(set(tokenizer.encode("").ids))

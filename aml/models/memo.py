@@ -42,7 +42,7 @@ class FeatureMemo:
 
     def _one(self, encoder: nn.Module, image: Tensor) -> list[Tensor]:
         pixels = image.detach().contiguous().view(torch.uint8).numpy()
-        key = hashlib.blake2b(pixels, digest_size=16, person=str(tuple(image.shape[2:])).encode()[:16]).digest()
+        key = hashlib.blake2b(pixels.data, digest_size=16, person=str(tuple(image.shape[2:])).encode()[:16]).digest()
         if key in self._maps:
             self._maps.move_to_end(key)
             return self._maps[key]

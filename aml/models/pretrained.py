@@ -6,20 +6,25 @@ Nothing is downloaded for the default pair: their weights come from `efficientne
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import nn
+from transformers.utils import logging
 
+Colour = tuple[float, float, float]
 BACKBONE = "tf_efficientnet_lite0"
 TEXT_ENCODER = "minilm"
 # Architecture of all-MiniLM-L6-v2, so that a checkpoint can be loaded where the package is not installed.
-_MINILM = {
+_MINILM: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 384,
     "num_hidden_layers": 6,
@@ -28,7 +33,7 @@ _MINILM = {
 }
 
 
-def build_backbone(name: str, pretrained: bool) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+def build_backbone(name: str, pretrained: bool) -> tuple[Any, Colour, Colour]:
     """timm backbone with `features_only` (one map per stride), and the mean and std of its images."""
     architecture = name.split(".")[0]  # "resnet50.a1_in1k" = architecture and weights
     if ":" not in name and not timm.is_model(architecture):  # "hf-hub:..." and "local-dir:..." are timm's to judge
@@ -62,7 +67,7 @@ def _load_efficientnet_lite0(backbone: nn.Module) -> None:
     backbone.load_state_dict(renamed)
 
 
-def build_text_encoder(name: str, pretrained: bool) -> tuple[nn.Module, Tokenizer | None]:
+def build_text_encoder(name: str, pretrained: bool) -> tuple[Any, Tokenizer | None]:
     """Text encoder and its tokenizer. `name`: "minilm" (embedded), a folder, or a Hugging Face hub name.
 
     Without `pretrained` the weights are not read. The tokenizer is None only for "minilm" without
@@ -75,7 +80,8 @@ def build_text_encoder(name: str, pretrained: bool) -> tuple[nn.Module, Tokenize
     source = str(_minilm_folder()) if name == TEXT_ENCODER else name
     try:
         if pretrained:
-            encoder = transformers.AutoModelForTextEncoding.from_pretrained(source)
+            with _no_progress_bar():
+                encoder = transformers.AutoModelForTextEncoding.from_pretrained(source)
         else:
             config = transformers.AutoConfig.from_pretrained(source)
             encoder = transformers.AutoModelForTextEncoding.from_config(config)
@@ -87,6 +93,18 @@ def build_text_encoder(name: str, pretrained: bool) -> tuple[nn.Module, Tokenize
     if hasattr(encoder, "pooler"):
         encoder.pooler = None  # unused here, and a parameter without gradient stops distributed training
     return encoder, _tokenizer(source)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading takes a tenth of a second; a bar for it only disturbs the caller's own output."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(source: str) -> Tokenizer:
