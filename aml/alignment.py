@@ -180,7 +180,7 @@ class AlignmentLoss(nn.Module):
         return torch.rand(target.shape, generator=generator, device=target.device)
 
     def _auxiliary_loss(self, similarity: Tensor, target: Tensor, map_valid: Tensor | None) -> Tensor:
-        share = F.adaptive_avg_pool2d(target.float(), tuple(similarity.shape[-2:]))
+        share = F.adaptive_avg_pool2d(target.float(), (similarity.shape[-2], similarity.shape[-1]))
         logits = similarity * self.log_scale.exp() + self.bias
         loss = F.binary_cross_entropy_with_logits(logits, share, reduction="none")
         if map_valid is None:
