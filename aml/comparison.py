@@ -1,0 +1,110 @@
+"""Comparing the strategies of `aml demo`: intervals, choice of examples, and the results in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+STRATEGIES = ("none", "random", "easiest", "loss")
+CONDITIONS = ("clean", "noise", "blur", "occlusion")
+SHOWN = ("mIoU", "oIoU", "P@0.5")
+EXAMPLE_RANKS = (0.95, 0.85, 0.75, 0.6, 0.45, 0.3)  # of the IoU of "loss" among the unseen sentences
+RESAMPLES = 4000
+CAVEAT = "One seed cannot resolve differences below about 1 to 3 points, whatever the intervals over scenes say."
+
+
+def iou(record: dict[str, Any]) -> float:
+    return record["intersection"] / record["union"] if record["union"] else 0.0
+
+
+def paired_difference(
+    records: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], image_of: dict[str, int]
+) -> dict[str, float]:
+    """mIoU of `records` minus that of `base`, and its 95 % bootstrap interval.
+
+    Paired by sample id. Whole images are resampled: the sentences of an image are not independent.
+    """
+    base_iou = {record["sample_id"]: iou(record) for record in base}
+    if base_iou.keys() != {record["sample_id"] for record in records}:
+        raise ValueError("records, base: expected the same sample ids in both")
+    images = sorted({image_of[name] for name in base_iou})
+    row = {image: i for i, image in enumerate(images)}
+    gain, count = np.zeros(len(images)), np.zeros(len(images))
+    for record in records:
+        i = row[image_of[record["sample_id"]]]
+        gain[i] += iou(record) - base_iou[record["sample_id"]]
+        count[i] += 1
+    drawn = np.random.default_rng(0).integers(len(images), size=(RESAMPLES, len(images)))
+    low, high = np.quantile(gain[drawn].sum(1) / count[drawn].sum(1), (0.025, 0.975))
+    return {"mIoU": float(gain.sum() / count.sum()), "low": float(low), "high": float(high)}
+
+
+def choose_examples(records: Sequence[dict[str, Any]], image_of: dict[str, int]) -> list[str]:
+    """Sample ids at fixed ranks of IoU, so neither the best nor picked by hand; each from another image."""
+    ranked = sorted(records, key=lambda record: (iou(record), record["sample_id"]))
+    chosen: list[str] = []
+    used: set[int] = set()
+    for rank in EXAMPLE_RANKS:
+        place = rank * (len(ranked) - 1)
+        near = sorted(range(len(ranked)), key=lambda i: abs(i - place))
+        names = [ranked[i]["sample_id"] for i in near if image_of[ranked[i]["sample_id"]] not in used]
+        chosen += names[:1]
+        used |= {image_of[name] for name in names[:1]}
+    return chosen
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text for a terminal, in per cent."""
+    conditions = [condition_name(results, condition) for condition in CONDITIONS]
+    lines = [
+        f"{results['sentences']} sentences on {results['images']} unseen scenes; %",
+        f"{'':<9}" + "".join(f"{name:^23}" for name in conditions),
+        f"{'':<9}" + f"{'mIoU':>7}{'oIoU':>7}{'P@0.5':>7}  " * len(conditions),
+    ]
+    for strategy, found in results["strategies"].items():
+        cells = ("".join(f"{100 * found[c][name]:>7.1f}" for name in SHOWN) + "  " for c in CONDITIONS)
+        lines.append(f"{strategy:<9}" + "".join(cells))
+    lines += ["", "mIoU minus that of none, in points [95 % interval over the scenes]"]
+    for strategy in STRATEGIES[1:]:
+        cells = (difference_text(results["strategies"][strategy]["differences"][c]) for c in CONDITIONS)
+        lines.append(f"{strategy:<9}" + "".join(f"{cell:^23}" for cell in cells))
+    lines += [
+        "",
+        f"{'':<9}{'pixels kept':>13}{'target left out':>17}{'the same,':>14}{'AUC of':>9}{'with a wrong':>14}",
+        f"{'':<9}{'in the loss':>13}{'of the loss':>17}{'unprotected':>14}{'the map':>9}{'sentence':>14}",
+    ]
+    for strategy, found in results["strategies"].items():
+        clean = found["clean"]
+        lines.append(
+            f"{strategy:<9}{100 * found['kept']:>13.1f}{100 * found['target_left_out_of_loss']:>17.1f}"
+            f"{100 * clean['target_left_out']:>14.1f}{clean['auc']:>9.3f}{clean['auc_wrong_sentence']:>14.3f}"
+        )
+    return "\n".join([*lines, "", *verdict(results)])
+
+
+def condition_name(results: dict[str, Any], condition: str) -> str:
+    return condition if condition == "clean" else f"{condition}, severity {results['settings']['severity']}"
+
+
+def difference_text(difference: dict[str, float]) -> str:
+    d = difference
+    return f"{100 * d['mIoU']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """What came out, gains or not, in a few sentences."""
+    gains = results["strategies"]["loss"]["differences"]
+    better = [c for c in CONDITIONS if gains[c]["low"] > 0]
+    worse = [c for c in CONDITIONS if gains[c]["high"] < 0]
+    open_ = [c for c in CONDITIONS if c not in better + worse]
+    lines = ["Leaving out the least aligned pixels (loss), against the loss over all pixels (none):"]
+    for names, what in ((better, "higher mIoU"), (worse, "lower mIoU"), (open_, "no difference this test can see")):
+        if names:
+            lines.append(f"  {what}: " + ", ".join(f"{c} {difference_text(gains[c])}" for c in names))
+    for control in ("random", "easiest"):
+        other = results["strategies"][control]["clean"]["mIoU"]
+        gap = 100 * (results["strategies"]["loss"]["clean"]["mIoU"] - other)
+        lines.append(f"  against the control {control}, which leaves out as many pixels: {gap:+.1f} points, clean")
+    return [*lines, CAVEAT]
