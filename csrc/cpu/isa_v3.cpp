@@ -7,6 +7,8 @@
 #include <immintrin.h>
 
 #pragma GCC target("arch=x86-64-v3")
+// GCC does not define __FMA__ for a target chosen by a pragma in C++.
+#define AML_FMA
 #define AML_TABLE kernels_v3
 #define AML_VECTOR_BYTES 32
 #include "isa.h"

@@ -7,6 +7,9 @@
 #include <immintrin.h>
 
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+// GCC does not define __FMA__ and __AVX512F__ for a target chosen by a pragma in C++.
+#define AML_FMA
+#define AML_AVX512
 #define AML_TABLE kernels_v4
 #define AML_VECTOR_BYTES 64
 #include "isa.h"

@@ -6,10 +6,6 @@
 
 #include "rows.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace aml::cpu {
 namespace {
 
@@ -59,19 +55,21 @@ Selected<Key> select(Key* keys, int64_t count, int64_t place) {
   }
   Key next = ~Key(0);
   int shift = bit_width(Key(least ^ greatest));  // the leading bits that all keys share need no search
+  uint32_t histogram[kCopies][kBins];
   while (shift > 0) {
-    const int digit_bits = shift < kDigitBits ? shift : kDigitBits;
+    // Few keys: few bins in one copy, since clearing and reading them is then most of the work.
+    const int most_bits = count < 8192 ? 8 : kDigitBits, copies = count < 8192 ? 1 : kCopies;
+    const int digit_bits = shift < most_bits ? shift : most_bits;
     const Key digit = (Key(1) << digit_bits) - 1;
     shift -= digit_bits;
-    uint32_t histogram[kCopies][kBins];
-    for (int copy = 0; copy < kCopies; ++copy) {
+    for (int copy = 0; copy < copies; ++copy) {
       for (int64_t bin = 0; bin <= int64_t(digit); ++bin) histogram[copy][bin] = 0;
     }
-    for (int64_t i = 0; i < count; ++i) ++histogram[i & (kCopies - 1)][keys[i] >> shift & digit];
+    for (int64_t i = 0; i < count; ++i) ++histogram[i & (copies - 1)][keys[i] >> shift & digit];
     Key bin = 0;
     for (;; ++bin) {
       int64_t in_bin = 0;
-      for (int copy = 0; copy < kCopies; ++copy) in_bin += histogram[copy][bin];
+      for (int copy = 0; copy < copies; ++copy) in_bin += histogram[copy][bin];
       if (place < in_bin) break;
       place -= in_bin;
     }
@@ -87,7 +85,8 @@ Selected<Key> select(Key* keys, int64_t count, int64_t place) {
   return {keys[0], place + 1 < count ? keys[0] : next};
 }
 
-// The values in [low, high], appended to `out` as long as there is room; how many there are, are smaller, are NaN.
+// The keys of the values in [low, high] are set aside as long as there is room. How many these are, how many values are
+// smaller, whether any is NaN, and how many there are in all.
 template <class T>
 struct Bracket {
   T low, high;
@@ -97,33 +96,32 @@ struct Bracket {
 template <class T, class Key>
 inline void collect(Bracket<T>& bracket, const T* values, int64_t count, Key* out, int64_t room) {
   const T low = bracket.low, high = bracket.high;
-  int32_t smaller = 0, nans = 0, inside = 0;
-  for (int64_t i = 0; i < count; ++i) {
+  const bool fits = bracket.inside + count <= room;
+  Key* to = out + (fits ? bracket.inside : 0);
+  int64_t i = 0, inside = 0, smaller = 0, nans = 0;
+#if defined(AML_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
+    __mmask16 unordered = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m512 v = _mm512_loadu_ps(values + i);
+      const __mmask16 chosen = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, lows, _CMP_GE_OQ), v, highs, _CMP_LE_OQ);
+      smaller += __builtin_popcount(_mm512_cmp_ps_mask(v, lows, _CMP_LT_OQ));
+      unordered |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      if (fits) _mm512_storeu_si512(to + inside, _mm512_maskz_compress_epi32(chosen, _mm512_castps_si512(v)));
+      inside += __builtin_popcount(chosen);
+    }
+    nans = unordered != 0;
+  }
+#endif
+  for (; i < count; ++i) {
+    if (fits) to[inside] = bit_cast<Key>(values[i]);
+    inside += (values[i] >= low) & (values[i] <= high);
     smaller += values[i] < low;
     nans += values[i] != values[i];
-    inside += (values[i] >= low) & (values[i] <= high);
   }
-  bracket.smaller += smaller, bracket.nans += nans, bracket.all += count;
-  if (bracket.inside + count <= room) {
-    Key* to = out + bracket.inside;
-    int64_t i = 0, n = 0;
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-      for (; i + 16 <= count; i += 16) {
-        const __m512 v = _mm512_loadu_ps(values + i);
-        const __mmask16 chosen = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ) & _mm512_cmp_ps_mask(v, _mm512_set1_ps(high), _CMP_LE_OQ);
-        _mm512_storeu_si512(to + n, _mm512_maskz_compress_epi32(chosen, _mm512_castps_si512(v)));
-        n += __builtin_popcount(chosen);
-      }
-    }
-#endif
-    for (; i < count; ++i) {
-      to[n] = bit_cast<Key>(values[i]);
-      n += (values[i] >= low) & (values[i] <= high);
-    }
-    for (i = 0; i < n; ++i) to[i] = ordered_key(bit_cast<T>(to[i]));
-  }
-  bracket.inside += inside;
+  for (i = 0; fits && i < inside; ++i) to[i] = ordered_key(bit_cast<T>(to[i]));
+  bracket.inside += inside, bracket.smaller += smaller, bracket.nans += nans, bracket.all += count;
 }
 
 constexpr int64_t kSample = 2048;  // values looked at to guess between which two the quantile lies
@@ -139,12 +137,12 @@ int64_t quantile_scratch(const QuantileCall<T>& call) {
 // Two values that the quantile most likely lies between.
 template <class T, class Key>
 inline bool guess_bracket(const QuantileCall<T>& call, int64_t sample, T q, Key* keys, Bracket<T>& bracket) {
-  const int64_t all = call.values.rows * call.values.columns;
+  const int64_t step = call.values.rows * call.values.columns / kSample;
   int64_t found = 0;
   for (int64_t i = 0; i < kSample; ++i) {
-    // Evenly spread, a little irregular against patterns in the rows.
-    const int64_t at = int64_t((uint64_t(i) * uint64_t(all) + uint64_t(i * 40503 % kSample) * uint64_t(all / kSample)) / kSample % uint64_t(all));
-    const int64_t y = at / call.values.columns, x = at % call.values.columns;
+    // Evenly spread, irregular within each step against patterns in the rows.
+    const int64_t at = i * step + (i * 40503 % kSample) * step / kSample;
+    const int64_t y = call.values.rows == 1 ? 0 : at / call.values.columns, x = at - y * call.values.columns;
     T there = 1, value = 0;
     if (call.valid.data) there = *read_row(call.valid, sample, y, x, 1, &there);
     value = *read_row(call.values, sample, y, x, 1, &value);

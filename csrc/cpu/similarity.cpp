@@ -38,54 +38,74 @@ SimilarityCall<T> make_call(const Tensor& visual, const Tensor& text, const Opti
   return call;
 }
 
-// The words of every sample as unit vectors.
+// The words of a few samples as unit vectors: of as many as there are threads, so that little memory is in use.
 template <class T>
-struct Words {
-  Words(const SimilarityCall<T>& call, int64_t samples)
-      : panel_size((call.words + 7) / 8 * 8 * call.channels), words(call.words), panels(samples * panel_size),
-        index(samples * words), inverse_norm(samples * words), count(samples) {
-    Scratch<T> row(call.channels);
-    for (int64_t b = 0; b < samples; ++b) {
-      count[b] = similarity_kernels<T>().prepare(call, b, panel(b), index + b * words, inverse_norm + b * words, row);
-      if (count[b] == 0) {
-        throw std::invalid_argument("text_mask: expected at least one real word in every sample, got none in sample " +
-                                    std::to_string(b));
+class Words {
+ public:
+  explicit Words(const SimilarityCall<T>& call)
+      : call_(call), panel_size_((call.words + 7) / 8 * 8 * call.channels), most_(torch::stable::get_num_threads()),
+        panels_(most_ * panel_size_), index_(most_ * call.words), inverse_norm_(most_ * call.words), count_(most_) {}
+
+  // Calls f(first, samples) for one group of samples after the other, their words being ready.
+  template <class F>
+  void for_each_group(int64_t samples, const F& f) {
+    for (first_ = 0; first_ < samples; first_ += most_) {
+      const int64_t size = std::min(most_, samples - first_);
+      parallel_tasks<T>(size, call_.channels, [&](int64_t i, T* row) {
+        const int64_t b = first_ + i;
+        count_[i] = similarity_kernels<T>().prepare(call_, b, panel(b), index(b), inverse_norm(b), row);
+      });
+      for (int64_t i = 0; i < size; ++i) {
+        if (count_[i] == 0) {
+          throw std::invalid_argument("text_mask: expected at least one real word in every sample, got none in sample " +
+                                      std::to_string(first_ + i));
+        }
       }
+      f(first_, size);
     }
   }
-  T* panel(int64_t sample) const { return panels + sample * panel_size; }
 
-  const int64_t panel_size, words;
-  Scratch<T> panels;
-  Scratch<int32_t> index;
-  Scratch<T> inverse_norm;
-  Scratch<int64_t> count;
+  T* panel(int64_t sample) const { return panels_ + (sample - first_) * panel_size_; }
+  int32_t* index(int64_t sample) const { return index_ + (sample - first_) * call_.words; }
+  T* inverse_norm(int64_t sample) const { return inverse_norm_ + (sample - first_) * call_.words; }
+  int64_t count(int64_t sample) const { return count_[sample - first_]; }
+  int64_t most() const { return most_; }
+
+ private:
+  const SimilarityCall<T>& call_;
+  const int64_t panel_size_, most_;
+  int64_t first_ = 0;
+  Scratch<T> panels_;
+  Scratch<int32_t> index_;
+  Scratch<T> inverse_norm_;
+  Scratch<int64_t> count_;
 };
 
 template <class T>
 Tensor forward(const Tensor& visual, const SimilarityCall<T>& call) {
-  const int64_t samples = visual.size(0), pixels = call.visual.rows * call.visual.columns;
-  const Words<T> words(call, samples);
-  Tensor result = visual.dim() == 4 ? empty<T>(visual, {samples, visual.size(2), visual.size(3)})
-                                    : empty<T>(visual, {samples, visual.size(1)});
+  const int64_t pixels = call.visual.rows * call.visual.columns;
+  Tensor result = visual.dim() == 4 ? empty<T>(visual, {visual.size(0), visual.size(2), visual.size(3)})
+                                    : empty<T>(visual, {visual.size(0), visual.size(1)});
   T* out = result.template mutable_data_ptr<T>();
   const auto& kernel = similarity_kernels<T>();
   const int64_t step = call.tile_pixels, tiles = (pixels + step - 1) / step;
-  parallel_tasks<T>(samples * tiles, kernel.scratch(call, false), [&](int64_t i, T* scratch) {
-    const int64_t b = i / tiles, first = i % tiles * step;
-    kernel.forward(call, b, words.panel(b), words.count[b], first, std::min(first + step, pixels), out + b * pixels, scratch);
+  Words<T> words(call);
+  words.for_each_group(visual.size(0), [&](int64_t first_sample, int64_t samples) {
+    parallel_tasks<T>(samples * tiles, kernel.scratch(call, false), [&](int64_t i, T* scratch) {
+      const int64_t b = first_sample + i / tiles, first = i % tiles * step;
+      kernel.forward(call, b, words.panel(b), words.count(b), first, std::min(first + step, pixels), out + b * pixels, scratch);
+    });
   });
   return result;
 }
 
 template <class T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& visual, const Tensor& text, const SimilarityCall<T>& call) {
-  const int64_t samples = visual.size(0), pixels = call.visual.rows * call.visual.columns;
-  require(grad.numel() == samples * pixels && grad.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
+  const int64_t pixels = call.visual.rows * call.visual.columns;
+  require(grad.numel() == visual.size(0) * pixels && grad.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
           "grad: expected the shape and dtype of the similarity");
   const Tensor grad_rows = torch::stable::contiguous(grad);
   const T* grad_in = grad_rows.const_data_ptr<T>();
-  const Words<T> words(call, samples);
   Tensor grad_visual = torch::stable::new_empty(visual, visual.sizes());
   Tensor grad_text = torch::stable::new_empty(text, text.sizes());
   void *visual_out = grad_visual.mutable_data_ptr(), *text_out = grad_text.mutable_data_ptr();
@@ -94,20 +114,23 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& visual, co
   const auto& kernel = similarity_kernels<T>();
   const int64_t step = call.tile_pixels * kTilesPerTask, tasks = (pixels + step - 1) / step;
   const int64_t share = (call.words + 1) * call.channels;
-  Scratch<T> shares(samples * tasks * share);
-  std::fill(static_cast<T*>(shares), shares + samples * tasks * share, T(0));
-  parallel_tasks<T>(samples * tasks, kernel.scratch(call, true), [&](int64_t i, T* scratch) {
-    const int64_t b = i / tasks, first = i % tasks * step;
-    kernel.backward(call, b, words.panel(b), words.count[b], first, std::min(first + step, pixels), grad_in + b * pixels,
-                    visual_out, shares + i * share, scratch);
-  });
-  parallel_tasks<T>(samples, 0, [&](int64_t b, T*) {
-    T* sum = shares + b * tasks * share;
-    for (int64_t i = 1; i < tasks; ++i) {
-      for (int64_t k = 0; k < share; ++k) sum[k] += sum[i * share + k];
-    }
-    kernel.finish_text(call, b, words.panel(b), words.count[b], words.index + b * call.words,
-                       words.inverse_norm + b * call.words, sum, text_out);
+  Words<T> words(call);
+  Scratch<T> shares(words.most() * tasks * share);
+  words.for_each_group(visual.size(0), [&](int64_t first_sample, int64_t samples) {
+    parallel_tasks<T>(samples * tasks, kernel.scratch(call, true), [&](int64_t i, T* scratch) {
+      const int64_t b = first_sample + i / tasks, first = i % tasks * step;
+      std::fill(shares + i * share, shares + (i + 1) * share, T(0));
+      kernel.backward(call, b, words.panel(b), words.count(b), first, std::min(first + step, pixels), grad_in + b * pixels,
+                      visual_out, shares + i * share, scratch);
+    });
+    parallel_tasks<T>(samples, 0, [&](int64_t i, T*) {
+      const int64_t b = first_sample + i;
+      T* sum = shares + i * tasks * share;
+      for (int64_t task = 1; task < tasks; ++task) {
+        for (int64_t k = 0; k < share; ++k) sum[k] += sum[task * share + k];
+      }
+      kernel.finish_text(call, b, words.panel(b), words.count(b), words.index(b), words.inverse_norm(b), sum, text_out);
+    });
   });
   return {grad_visual, grad_text};
 }

@@ -6,10 +6,6 @@
 
 #include "rows.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace aml::cpu {
 namespace {
 
@@ -25,10 +21,10 @@ constexpr int64_t kChannelBlock = 32;
 constexpr int64_t kWordBlock = 8;
 constexpr double kSmallestNorm = 1e-12;  // as in aml_kernels/reference/similarity.py
 
-#if defined(__AVX512F__)
+#if defined(AML_AVX512)
 AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
-#elif defined(__FMA__)
+#elif defined(AML_FMA)
 AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 #else
@@ -47,7 +43,7 @@ AML_INLINE Vector<T> load(const T* from) {
 }
 template <class T>
 AML_INLINE void store(T* to, Vector<T> v) { __builtin_memcpy(to, &v, sizeof(v)); }
-#if defined(__AVX512F__)
+#if defined(AML_AVX512)
 AML_INLINE float horizontal_sum(Vector<float> v) { return _mm512_reduce_add_ps((__m512)v); }
 AML_INLINE double horizontal_sum(Vector<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
 #else
@@ -90,7 +86,7 @@ AML_INLINE void transpose_square(const T* in, int64_t in_stride, T* out, int64_t
 
 inline int64_t padded_words(int64_t words) { return (words + kWordBlock - 1) / kWordBlock * kWordBlock; }
 
-// Scratch of one tile. Rows of pixels are `tile_pixels` long; the last tile of a sample is padded with zeros.
+// Scratch of one tile. Rows of pixels are `tile_pixels` long; the last vector of a sample is padded with zeros.
 template <class T>
 struct Tile {
   Tile(const SimilarityCall<T>& call, bool backward, T* scratch) : pixels(call.tile_pixels) {
@@ -98,14 +94,14 @@ struct Tile {
     score = take(scratch, words * pixels);
     factor = take(scratch, pixels);
     best = take(scratch, pixels);
-    features = take(scratch, (backward ? call.channels : kChannelBlock) * pixels);
+    features = take(scratch, kChannelBlock * pixels);
     if (!backward) return;
     out = take(scratch, kChannelBlock * pixels);
     active = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * (pixels / kLanes<T> + 1)));
   }
   static int64_t elements(const SimilarityCall<T>& call, bool backward) {
     const int64_t words = padded_words(call.words), pixels = call.tile_pixels;
-    const int64_t forward = (words + 2 + (backward ? call.channels : kChannelBlock)) * pixels;
+    const int64_t forward = (words + 2 + kChannelBlock) * pixels;
     if (!backward) return forward;
     return forward + kChannelBlock * pixels + (words + 1) * (pixels / kLanes<T> + 1);
   }
@@ -122,17 +118,24 @@ struct Tile {
   T* score;               // [words][pixels]: dot products, in the backward then coefficients of the unit words
   T* factor;              // [pixels]: squared norm of the features, then the factor from dot product to cosine
   T* best;                // [pixels]: the similarity; in the backward the coefficient of the feature itself
-  T* features;            // [channels][pixels], where they cannot be used in place
+  T* features;            // [kChannelBlock][pixels], where they cannot be used in place
   T* out = nullptr;       // [kChannelBlock][pixels]: gradient of the features
   int32_t* active = nullptr;  // [pixels / lanes + 1][1 + words]: how many and which words a strip has to do with, and the tile
 };
 
 inline bool linear(const Plane& grid) { return grid.rows == 1 || grid.row_stride == grid.columns * grid.column_stride; }
 
-// Features of `count` pixels from `first` can be read where they lie: T, next to each other, a full tile.
+// Features of a tile can be read where they lie: T, next to each other, whole vectors.
 template <class T>
 inline bool in_place(const SimilarityCall<T>& call, int64_t count) {
-  return call.visual.type == native_type<T> && call.visual.column_stride == 1 && linear(call.visual) && count == call.tile_pixels;
+  return call.visual.type == native_type<T> && call.visual.column_stride == 1 && linear(call.visual) && count % kLanes<T> == 0;
+}
+
+// Pixels of the next tile of `left`: a full tile, or whole vectors, or what remains.
+template <class T>
+inline int64_t tile_count(const SimilarityCall<T>& call, int64_t left) {
+  const int64_t count = left < call.tile_pixels ? left : call.tile_pixels;
+  return count > kLanes<T> ? count / kLanes<T> * kLanes<T> : count;
 }
 
 // Copies channels [channel, channel + size) of pixels [first, first + count) to `buffer [size][tile_pixels]`, as T.
@@ -178,6 +181,19 @@ inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t
   }
 }
 
+// A block of channels of a tile: in place where it can be read there, else copied.
+template <class T>
+inline const T* block_features(const SimilarityCall<T>& call, int64_t sample, int64_t channel, int64_t size, int64_t first,
+                               int64_t count, const Tile<T>& tile, int64_t& stride) {
+  if (in_place(call, count)) {
+    stride = call.channel_stride;
+    return (const T*)call.visual.data + sample * call.visual.sample_stride + channel * stride + first;
+  }
+  stride = tile.pixels;
+  copy_features(call, sample, channel, size, first, count, tile.features);
+  return tile.features;
+}
+
 // A block of channels of kLanes pixels times kWordBlock words; sums of a block are added up apart, which halves the
 // digits lost in long sums.
 template <class T>
@@ -195,26 +211,19 @@ inline void multiply_strip(const T* features, int64_t stride, int64_t channels, 
 // Dot products of a tile with all words, and the factor that turns them into cosines (1 if not normalised).
 template <class T>
 inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words, int64_t first,
-                        int64_t count, bool keep_features, Tile<T>& tile) {
+                        int64_t count, Tile<T>& tile) {
   const int64_t padded = padded_words(words), pixels = tile.pixels, used = tile.used(count);
-  const bool direct = in_place(call, count);
   for (int64_t j = 0; j < padded; ++j) {
     for (int64_t i = 0; i < used; ++i) tile.score[j * pixels + i] = 0;
   }
   for (int64_t i = 0; i < used; ++i) tile.factor[i] = 0;
   for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
     const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
-    T* buffer = tile.features + (keep_features ? channel * pixels : 0);
-    const T* features = buffer;
-    int64_t stride = pixels, prefetch = 0;
-    if (direct) {
-      stride = call.channel_stride;
-      features = (const T*)call.visual.data + sample * call.visual.sample_stride + channel * stride + first;
-      // The next block of channels is fetched while this one is multiplied.
-      if (channel + 2 * kChannelBlock <= call.channels) prefetch = kChannelBlock * stride;
-    } else {
-      copy_features(call, sample, channel, size, first, count, buffer);
-    }
+    int64_t stride;
+    const T* features = block_features(call, sample, channel, size, first, count, tile, stride);
+    // In place, the next block of channels is fetched while this one is multiplied.
+    const bool more = features != tile.features && channel + 2 * kChannelBlock <= call.channels;
+    const int64_t prefetch = more ? kChannelBlock * stride : 0;
     for (int64_t i = 0; i < used; i += kLanes<T>) {
       for (int64_t j = 0; j < padded; j += kWordBlock) {
         multiply_strip(features + i, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
@@ -241,10 +250,11 @@ void similarity_forward(const SimilarityCall<T>& call, int64_t sample, const T* 
                         int64_t last, T* similarity, T* scratch) {
   Tile<T> tile(call, false, scratch);
   const int64_t pixels = tile.pixels;
-  for (int64_t start = first; start < last; start += pixels) {
-    const int64_t count = last - start < pixels ? last - start : pixels;
+  int64_t count;
+  for (int64_t start = first; start < last; start += count) {
+    count = tile_count(call, last - start);
     const int64_t used = tile.used(count);
-    tile_scores(call, sample, panel, words, start, count, false, tile);
+    tile_scores(call, sample, panel, words, start, count, tile);
     for (int64_t j = 0; j < words; ++j) {
       T* score = tile.score + j * pixels;
       for (int64_t i = 0; i < used; ++i) {
@@ -355,17 +365,18 @@ void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T*
   Tile<T> tile(call, true, scratch);
   const int64_t padded = padded_words(words), pixels = tile.pixels, lanes = kLanes<T>;
   const int64_t grid = call.visual.rows * call.visual.columns;
-  for (int64_t start = first; start < last; start += pixels) {
-    const int64_t count = last - start < pixels ? last - start : pixels, used = tile.used(count);
-    const bool direct = in_place(call, count);
-    const int64_t stride = direct ? call.channel_stride : pixels;
-    const T* features = direct ? (const T*)call.visual.data + sample * call.visual.sample_stride + start : tile.features;
-    tile_scores(call, sample, panel, words, start, count, true, tile);
+  int64_t count;
+  for (int64_t start = first; start < last; start += count) {
+    count = tile_count(call, last - start);
+    const int64_t used = tile.used(count);
+    tile_scores(call, sample, panel, words, start, count, tile);
     tile_coefficients(call, words, grad + start, count, tile);
     for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
       const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
+      int64_t stride;
+      const T* features = block_features(call, sample, channel, size, start, count, tile, stride);
       for (int64_t c = 0; c < size;) {
-        const T* feature = features + (channel + c) * stride;
+        const T* feature = features + c * stride;
         const T* word = panel + (channel + c) * padded;
         T* out = tile.out + c * pixels;
         T* gradient = grad_text + channel + c;
