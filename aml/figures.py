@@ -127,8 +127,8 @@ def _left_out(axis: Any, example: dict[str, Any]) -> None:
 def _prediction(strategy: str) -> Callable[[Any, dict[str, Any]], None]:
     def draw(axis: Any, example: dict[str, Any]) -> None:
         mask = example[strategy][..., None]
-        faded = 0.45 * example["image"] + 0.55 * example["image"].mean(axis=2, keepdims=True) * 0.6
-        axis.imshow(np.where(mask, 0.35 * example["image"] + 0.65 * TINT, faded))
+        grey = example["image"].mean(axis=2, keepdims=True).repeat(3, axis=2)  # no colour but that of the mask
+        axis.imshow(np.where(mask, 0.25 * grey + 0.75 * TINT, 0.35 + 0.6 * grey).clip(0, 1))
         _outline(axis, example)
         axis.set_xlabel(f"IoU {100 * example[f'{strategy}_iou']:.0f} %", fontsize=10, labelpad=3)
 
@@ -239,9 +239,10 @@ which need not mean anything. Disturbances, of severity {settings["severity"]} o
 tells how much other unseen scenes would change the result. It does not tell what another seed would:
 one seed cannot resolve differences below about 1 to 3 points.</p></section>
 <section><h2>What is left out, and where the map points</h2>{_alignment_table(results)}
-<p class="note"><b>Kept</b>: pixels that count in the loss after warm-up. <b>loss</b> leaves out the {quantile} of each
-image with the lowest similarity to the words{protected}; <b>random</b> and <b>easiest</b> (lowest loss) leave out
-as many. <b>Lowest {quantile}, unprotected</b>: target pixels among them, on the unseen scenes; chance is {quantile}.
+<p class="note"><b>Kept</b>: pixels that count in the loss after warm-up. <b>loss</b> leaves out what
+lies below the {quantile} quantile of each image's similarity map{protected}; <b>random</b> and <b>easiest</b> (lowest
+loss) leave out as many. <b>Lowest {quantile}, unprotected</b>: share of the unseen scenes' target pixels that would be
+left out without that protection; about {quantile} by chance.
 <b>AUC</b>: how well the map separates target from background, 50 % being chance; with a sentence about another scene,
 what remains is that objects stand out from the ground. The map is trained under every strategy,
 on the same frozen features, so the four hardly differ.</p></section>
@@ -265,11 +266,10 @@ checkpoint, {settings["test_scenes"]} unseen; seed {settings["seed"]}</dd>
 def _score_table(results: dict[str, Any]) -> str:
     groups = "".join(f'<th class="group" colspan="{len(SHOWN)}">{condition_name(results, c)}</th>' for c in CONDITIONS)
     heads = "".join(_cell(name, i == 0, "th") for _ in CONDITIONS for i, name in enumerate(SHOWN))
-    best = {(c, m): max(found[c][m] for found in results["strategies"].values()) for c in CONDITIONS for m in SHOWN}
     rows = []
     for name, found in results["strategies"].items():
         cells = (
-            _cell(f"{100 * found[c][m]:.1f}", m == SHOWN[0], best=found[c][m] == best[c, m])
+            _cell(_percent(found[c][m]), m == SHOWN[0], best=_is_highest(results, name, c, m))
             for c in CONDITIONS
             for m in SHOWN
         )
@@ -296,10 +296,20 @@ def _alignment_table(results: dict[str, Any]) -> str:
     for name, found in results["strategies"].items():
         clean = found["clean"]
         shares = (found["kept"], found["target_left_out_of_loss"], clean["target_left_out"], clean["auc"])
-        cells = "".join(_cell(f"{100 * share:.1f}") for share in (*shares, clean["auc_wrong_sentence"]))
+        cells = "".join(_cell(_percent(share)) for share in (*shares, clean["auc_wrong_sentence"]))
         rows.append(f"<tr>{_name(name)}{cells}</tr>")
     head = "".join(f'<th style="white-space: normal">{name}</th>' for name in heads)
     return f"<table><thead><tr><th>strategy, %</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _is_highest(results: dict[str, Any], strategy: str, condition: str, metric: str) -> bool:
+    """As printed, so that what reads the same is marked the same; not where all are the same."""
+    shown = {name: round(1000 * found[condition][metric]) for name, found in results["strategies"].items()}
+    return shown[strategy] == max(shown.values()) > min(shown.values())
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _name(strategy: str) -> str:

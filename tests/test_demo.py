@@ -115,6 +115,29 @@ def test_a_wrong_setting_starts_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("points", "width", "headline", "line"),
+    [
+        (0.5, 1.0, "no difference", "not distinguishable from zero"),
+        (1.5, 1.0, "no difference", "another seed may undo it"),
+        (6.0, 1.0, "better on clean, noise", "more than a seed usually changes"),
+        (-6.0, 1.0, "worse on clean, noise", "more than a seed usually changes"),
+        (6.0, 9.0, "no difference", "not distinguishable from zero"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_intervals_allow(made, points, width, headline, line):
+    results = json.loads(json.dumps(made[2]))
+    for condition in comparison.CONDITIONS:
+        results["strategies"]["loss"]["differences"][condition] = {
+            "mIoU": points / 100,
+            "low": (points - width) / 100,
+            "high": (points + width) / 100,
+        }
+    said = comparison.verdict(results)
+    assert headline in said[0] and said[-1] == comparison.CAVEAT
+    assert all(line in text for text in said[1 : 1 + len(comparison.CONDITIONS)])
+
+
 def test_paired_difference_by_hand():
     def records(ious):
         return [{"sample_id": name, "intersection": i, "union": 10} for name, i in ious.items()]
