@@ -5,7 +5,8 @@ import os
 import torch
 
 try:
-    from . import _C  # noqa: F401  (registers the C++ kernels of the operators)
+    # Registers the C++ kernels of the operators; compiled, so that there is no source to take types from.
+    from . import _C  # type: ignore[attr-defined]  # noqa: F401
 
     EXTENSION_MISSING = None
 except ImportError as error:

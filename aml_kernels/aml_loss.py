@@ -68,13 +68,12 @@ def aml_loss(
             bce_weight=bce_weight, dice_weight=dice_weight, class_weight=class_weight, smooth=smooth,
             reduction=reduction,
         )
-    else:
-        loss, sums, counts, similarity = _aml_loss(
-            logits, target, visual.detach(), text.detach(), text_mask, valid, map_valid, normalize, scale, softmax,
-            *options,
-        )
-        stats = unpack_stats(sums, counts) if return_stats else None
-    return (loss, AMLStats(*stats, similarity)) if return_stats else loss
+        return (loss, AMLStats(*stats, similarity)) if return_stats else loss
+    loss, sums, counts, similarity = _aml_loss(
+        logits, target, visual.detach(), text.detach(), text_mask, valid, map_valid, normalize, scale, softmax,
+        *options,
+    )
+    return (loss, AMLStats(*unpack_stats(sums, counts), similarity)) if return_stats else loss
 
 
 def _fake(logits, target, visual, *options):

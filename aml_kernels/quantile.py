@@ -36,21 +36,22 @@ def sample_quantile(
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device.
     """
     _checks.tensor("values", values, tuple(range(1, 9)), _checks.FLOAT_TYPES, "[B, ...]")
-    per_sample = isinstance(q, Tensor)
-    if per_sample:
+    if isinstance(q, Tensor):
         _checks.tensor("q", q, (1,), _checks.FLOAT_TYPES, "[B]")
         _checks.shape("q", q, values.shape[:1], "one per sample")
+        for_all, per_sample = 0.0, q
     else:
         _checks.number("q", q, 0.0, 1.0)
+        for_all, per_sample = q, None
     if valid is not None:
         _checks.tensor("valid", valid, (values.dim(),), _checks.MASK_TYPES, "[B, ...]")
         _checks.shape("valid", valid, values.shape, "that of values")
-    _checks.same_device(values=values, q=q if per_sample else None, valid=valid)
+    _checks.same_device(values=values, q=per_sample, valid=valid)
     _checks.one_of("interpolation", interpolation, INTERPOLATIONS)
     if choose(backend, values.device) == "reference":
         return reference.sample_quantile(values, q, valid=valid, interpolation=interpolation)
     arguments = (
-        values, 0.0 if per_sample else q, q.to(working_type(values)) if per_sample else None, valid,
+        values, for_all, None if per_sample is None else per_sample.to(working_type(values)), valid,
         INTERPOLATIONS.index(interpolation), RANK_IN_FP64,
     )
     if is_traced(values):

@@ -76,7 +76,9 @@ def filter_regions(
         )
     limit = None if limits is not None else threshold
     signed = seed - 2**64 if seed >= 2**63 else seed  # operators take int64
-    return _filter(image, similarity, protect, limits, limit, quantile, RANK_IN_FP64, drop_ratio, block_size, colour, signed)
+    return _filter(
+        image, similarity, protect, limits, limit, quantile, RANK_IN_FP64, drop_ratio, block_size, colour, signed,
+    )
 
 
 def _fake(image, similarity, protect, thresholds, threshold, quantile, rank, drop_ratio, block_size, fill, seed):

@@ -30,7 +30,7 @@ def masked_loss(
     smooth: float = 1e-5, reduction: str = "mean",
 ) -> tuple[Tensor, MaskedLossStats]:
     dtype = working_type(logits)
-    size = tuple(target.shape[1:])
+    size = (target.shape[1], target.shape[2])
     logits = logits.squeeze(1) if logits.dim() == 4 else logits
     logits = resize_bilinear(logits.to(dtype), size, align_corners=True)
     label = target.to(dtype)
@@ -40,9 +40,10 @@ def masked_loss(
     keep = exists
     limit = logits.new_full(logits.shape[:1], -torch.inf)
     if quantile is not None or threshold is not None:
+        assert similarity is not None  # the public function refuses it
         similarity = similarity.detach().to(dtype)
         limit = (
-            sample_quantile(similarity, quantile, valid=map_valid) if threshold is None
+            sample_quantile(similarity, quantile, valid=map_valid) if quantile is not None
             else torch.as_tensor(threshold, dtype=dtype, device=logits.device).detach().expand(logits.shape[0])
         )
         aligned = resize_bilinear(similarity, size, align_corners=False) >= limit[:, None, None]
@@ -74,7 +75,9 @@ def masked_loss(
         (predicted & is_target).sum(pixels), (predicted | (is_target & exists)).sum(pixels),
         bce.detach(), dice.detach(),
     )
-    return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction](), stats
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    return loss, stats
 
 
 def refuse_targets(outside: Tensor) -> None:
@@ -82,6 +85,6 @@ def refuse_targets(outside: Tensor) -> None:
     for sample, count in enumerate(outside.tolist()):
         if count:
             raise ValueError(
-                f"target: expected 0 and 1, or probabilities in [0, 1], at every kept pixel; sample {sample} has {count} "
-                "others. Pass target > 0 for a 0/255 mask, and pixels to ignore as valid = target != 255"
+                f"target: expected 0 and 1, or probabilities in [0, 1], at every kept pixel; sample {sample} has "
+                f"{count} others. Pass target > 0 for a 0/255 mask, and pixels to ignore as valid = target != 255"
             )

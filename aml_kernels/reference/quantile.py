@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 # Where in the order the quantile lies, q * (n - 1), is computed by torch.quantile in fp32 up to PyTorch 2.13 (and so
-# is off by several places in long rows) and in fp64 since; its equal has to do the same.
-RANK_IN_FP64 = torch.__version__ >= (2, 14)
+# is off by several places in long rows) and in fp64 since; its equal has to do the same. (TorchVersion compares with
+# tuples by methods made at run time, which its type does not show.)
+RANK_IN_FP64 = torch.__version__ >= (2, 14)  # type: ignore[operator]
 LONGEST_ROW = 2**24  # of torch.quantile, up to PyTorch 2.13
 
 

@@ -17,7 +17,7 @@ def filter_regions(
     samples, channels, rows, columns = image.shape
     similarity = similarity.to(working_type(similarity))
     limit = (
-        sample_quantile(similarity, quantile) if threshold is None
+        sample_quantile(similarity, quantile) if quantile is not None
         else torch.as_tensor(threshold, dtype=similarity.dtype, device=image.device).expand(samples)
     )
     weak = resize_bilinear(similarity, (rows, columns), align_corners=False) < limit[:, None, None]
