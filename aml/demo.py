@@ -28,20 +28,20 @@ from aml.comparison import CONDITIONS, STRATEGIES, choose_examples, iou, paired_
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What is compared. The defaults take about six minutes on two CPU cores.
+    """What is compared. The defaults take about seven minutes on two CPU cores.
 
     severity: of noise, blur and occlusion, 1 to 5. train: further settings of `aml train`, as section.name=value.
     """
 
-    train_scenes: int = 300
-    val_scenes: int = 16
-    test_scenes: int = 80
+    train_scenes: int = 200
+    val_scenes: int = 12
+    test_scenes: int = 60
     scene_size: int = 192
     severity: int = 2
     seed: int = 0
     train: tuple[str, ...] = (
         "model.image_size=192",
-        "train.steps=370",
+        "train.steps=252",
         "train.batch_size=8",
         "train.workers=0",
         "train.log_every=10",

@@ -17,7 +17,7 @@ from aml.comparison import CONDITIONS, SHOWN, STRATEGIES, condition_name, differ
 COLOURS = {"none": "#555555", "random": "#56b4e9", "easiest": "#e69f00", "loss": "#009e73"}
 MARKERS = {"none": "o", "random": "s", "easiest": "^", "loss": "D"}
 INK, TARGET, TINT = "#1f2933", "#ffffff", np.array([1.0, 0.25, 0.38])
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
