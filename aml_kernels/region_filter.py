@@ -22,7 +22,7 @@ def filter_regions(
 
     The similarity map is resized bilinearly (`align_corners=False`) to the image. A pixel below the threshold is
     weak, a block that holds a weak pixel is weak, and of a sample's n weak blocks round(drop_ratio * n), chosen at
-    random, are dropped: all their pixels become `fill`.
+    random, are dropped (half a block counts as one): all their pixels become `fill`.
 
     Args:
         image: `[B, K, H, W]` with K channels, any float dtype or uint8. Blocks at the right and bottom edge may be
