@@ -197,7 +197,7 @@ class _Trainer:
 
         yield from DataLoader(
             self.train_set,
-            batch_sampler=keys(),  # type: ignore[arg-type]  # any iterable will do
+            batch_sampler=keys(),
             collate_fn=collate,
             num_workers=self.config.train.workers,
             worker_init_fn=_let_the_parent_stop,

@@ -17,8 +17,9 @@ ORDER = ["base", "x86-64-v3", "x86-64-v4"]
 @pytest.mark.parametrize("name", ORDER[:2])
 def test_an_older_instruction_set_passes_the_same_tests(name):
     newest = subprocess.run(
-        [sys.executable, "-c", "from aml_kernels import _C; print(_C.instruction_set())"], capture_output=True, text=True,
-        cwd=HERE.parent, env={k: v for k, v in os.environ.items() if k != "AML_KERNELS_ISA"}, check=True,
+        [sys.executable, "-c", "from aml_kernels import _C; print(_C.instruction_set())"],
+        capture_output=True, text=True, cwd=HERE.parent,
+        env={k: v for k, v in os.environ.items() if k != "AML_KERNELS_ISA"}, check=True,
     ).stdout.strip()
     if ORDER.index(newest) <= ORDER.index(name):
         pytest.skip(f"this processor runs {newest}: the other tests ran that, or it cannot run {name}")
@@ -27,7 +28,7 @@ def test_an_older_instruction_set_passes_the_same_tests(name):
     assert subprocess.run([sys.executable, "-c", check, name], cwd=HERE.parent, env=environment).returncode == 0
     files = [str(HERE / f"test_{operator}.py") for operator in ("similarity", "quantile", "masked_loss", "resize")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpu and not million", *files], capture_output=True, text=True,
-        cwd=HERE.parent, env=environment,
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpu and not million", *files],
+        capture_output=True, text=True, cwd=HERE.parent, env=environment,
     )
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-2000:]

@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING show works: code runs, commands, targets and variables exist, links lead somewhere."""
+"""What README and CONTRIBUTING show works: code runs, commands, targets and variables exist, links lead somewhere."""
 
 import re
 import subprocess
@@ -38,7 +38,8 @@ def test_commands_exist():
     for command in sorted(commands):
         run = subprocess.run([sys.executable, "-m", "aml", command, "--help"], capture_output=True, text=True, cwd=ROOT)
         assert run.returncode == 0, run.stderr
-        for option in {word for line in lines if line.startswith(f"aml {command}") for word in re.findall(r"--\w+", line)}:
+        shown = [line for line in lines if line.startswith(f"aml {command}")]
+        for option in {word for line in shown for word in re.findall(r"--\w+", line)}:
             assert option in run.stdout, f"aml {command} has no {option}"
 
 

@@ -11,8 +11,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 def inputs(device):
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        "logits": torch.randn(2, 28, 28, generator=generator), "target": torch.rand(2, 56, 56, generator=generator) > 0.7,
-        "visual": torch.randn(2, 32, 7, 7, generator=generator), "text": torch.randn(2, 5, 32, generator=generator),
+        "logits": torch.randn(2, 28, 28, generator=generator),
+        "target": torch.rand(2, 56, 56, generator=generator) > 0.7,
+        "visual": torch.randn(2, 32, 7, 7, generator=generator),
+        "text": torch.randn(2, 5, 32, generator=generator),
     }
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
