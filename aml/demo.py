@@ -283,6 +283,8 @@ def _machine() -> dict[str, str]:
 
     import torch
 
+    from aml import __version__
+
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -292,8 +294,6 @@ def _machine() -> dict[str, str]:
     found |= {"system": platform.platform(), "Python": platform.python_version()}
     for package in ("torch", "timm", "transformers", "accelerate"):
         found[package] = metadata.version(package)
-    from aml import __version__
-
     return found | {"aml": __version__}
 
 

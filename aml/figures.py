@@ -69,7 +69,8 @@ def _curves(results: dict[str, Any]) -> Any:
     figure = _figure(11, 3.9)
     left, right = figure.subplots(1, 2)
     for name, found in results["strategies"].items():
-        look = {"color": COLOURS[name], "label": name, "linewidth": 2.2 if name == "loss" else 1.6}
+        # Broad and below the others, with which it may coincide.
+        look = {"color": COLOURS[name], "label": name} | ({"linewidth": 4, "zorder": 1.5} if name == "loss" else {})
         steps, losses = np.array(found["curves"]["loss"]).T
         left.plot(steps, losses, **look)
         epochs, scores = np.array(found["curves"]["mIoU"]).T
