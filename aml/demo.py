@@ -54,8 +54,6 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
 
     Raises ValueError where `out` holds a demo with other settings.
     """
-    # Before torch is loaded: waiting threads that spin make a step ten times as slow when one other process computes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from aml import figures
     from aml.data.scenes import render_scenes
 
