@@ -32,6 +32,7 @@ def build_dataset(
         std=model.image_std,
         train=train,
         seed=config.train.seed,
+        augment=config.data.augment,
     )
 
 

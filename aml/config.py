@@ -75,6 +75,7 @@ class DataConfig(_Section):
     split_by: str | None = _setting(None, "which refs(<split_by>).p to read; null = the only one there")
     images: str | None = _setting(None, "folder of the images; null = <root>/[images/]train2014")
     field: Literal["sent", "raw"] = _setting("sent", "which text of an annotation is the sentence")
+    augment: bool = _setting(True, "vary colour, scale and position; false lets frozen encoders see each image once")
 
 
 @dataclass(frozen=True)

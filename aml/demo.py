@@ -41,6 +41,7 @@ class DemoSettings:
     seed: int = 0
     train: tuple[str, ...] = (
         "model.image_size=192",
+        "data.augment=false",  # so that the frozen backbone sees each of the few scenes once
         "train.steps=252",
         "train.batch_size=8",
         "train.workers=0",

@@ -11,7 +11,7 @@ from aml.config import Config, ConfigError, OptimConfig, TrainConfig, describe, 
 SETTINGS = """
 model.name model.backbone model.text_encoder model.pretrained model.freeze_encoders model.image_size
 model.max_tokens model.dim model.layers
-data.root data.dataset data.split_by data.images data.field
+data.root data.dataset data.split_by data.images data.field data.augment
 alignment.strategy alignment.projection alignment.dim alignment.quantile alignment.protect_target
 alignment.bce_weight alignment.dice_weight alignment.aux_weight alignment.warmup
 optim.lr optim.weight_decay optim.warmup optim.clip_norm
