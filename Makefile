@@ -7,7 +7,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 .PHONY: help demo test bench lint gpu clean
 
 help:
-	@echo "make demo   train a small model with and without the method, write runs/demo/report.html (8 minutes)"
+	@echo "make demo   train a small model with and without the method, write runs/demo/report.html (6 minutes)"
 	@echo "make test   run the tests"
 	@echo "make bench  measure the operators against PyTorch, draw docs/benchmark.png"
 	@echo "make lint   ruff and mypy"

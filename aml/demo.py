@@ -28,7 +28,7 @@ from aml.comparison import CONDITIONS, STRATEGIES, choose_examples, iou, paired_
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What is compared. The defaults take about seven minutes on two CPU cores.
+    """What is compared. The defaults take about six minutes on two CPU cores.
 
     severity: of noise, blur and occlusion, 1 to 5. train: further settings of `aml train`, as section.name=value.
     """
