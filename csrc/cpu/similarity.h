@@ -2,87 +2,15 @@
 // along the pixels, eight words at a time stay in registers, and each feature is read from memory once.
 #pragma once
 
-#include <type_traits>
-
 #include "rows.h"
+#include "vector.h"
 
 namespace aml::cpu {
 namespace {
 
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(AML_VECTOR_BYTES)));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int64_t kLanes = AML_VECTOR_BYTES / sizeof(T);
 constexpr int64_t kChannelBlock = 32;
 constexpr int64_t kWordBlock = 8;
 constexpr double kSmallestNorm = 1e-12;  // as in aml_kernels/reference/similarity.py
-
-#if defined(AML_AVX512)
-AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
-#elif defined(AML_FMA)
-AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
-#else
-AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) { return a * b + c; }
-AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return a * b + c; }
-#endif
-
-AML_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
-AML_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
-
-template <class T>
-AML_INLINE Vector<T> load(const T* from) {
-  Vector<T> v;
-  __builtin_memcpy(&v, from, sizeof(v));
-  return v;
-}
-template <class T>
-AML_INLINE void store(T* to, Vector<T> v) { __builtin_memcpy(to, &v, sizeof(v)); }
-#if defined(AML_AVX512)
-AML_INLINE float horizontal_sum(Vector<float> v) { return _mm512_reduce_add_ps((__m512)v); }
-AML_INLINE double horizontal_sum(Vector<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
-#else
-template <class V>
-AML_INLINE auto horizontal_sum(V v) {
-  auto sum = v[0];
-  for (size_t lane = 1; lane < sizeof(v) / sizeof(sum); ++lane) sum += v[lane];
-  return sum;
-}
-#endif
-
-// Transposes a square of kLanes x kLanes elements, by exchanging ever smaller halves.
-template <class T>
-AML_INLINE void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
-  typedef Index Indices __attribute__((vector_size(AML_VECTOR_BYTES)));
-  constexpr int lanes = kLanes<T>;
-  Vector<T> row[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) row[i] = load(in + i * in_stride);
-#pragma GCC unroll 4
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    Indices low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < lanes; ++lane) {
-      low[lane] = lane & half ? lanes + lane - half : lane;
-      high[lane] = lane & half ? lanes + lane : lane + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & half) continue;
-      const Vector<T> a = row[i], b = row[i + half];
-      row[i] = __builtin_shuffle(a, b, low);
-      row[i + half] = __builtin_shuffle(a, b, high);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) store(out + i * out_stride, row[i]);
-}
 
 inline int64_t padded_words(int64_t words) { return (words + kWordBlock - 1) / kWordBlock * kWordBlock; }
 
