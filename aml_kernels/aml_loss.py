@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _checks, reference
 from ._backend import choose
 from ._library import define, differentiable
 from .masked_loss import OPTIONS, backward, check_loss, fake_outputs, unpack_stats
+from .reference.quantile import working_type
 from .similarity import check_features, check_words
 
 
@@ -77,8 +77,7 @@ def aml_loss(
 
 
 def _fake(logits, target, visual, *options):
-    dtype = torch.float64 if visual.dtype == torch.float64 else torch.float32
-    similarity = visual.new_empty((visual.shape[0], *visual.shape[2:]), dtype=dtype)
+    similarity = visual.new_empty((visual.shape[0], *visual.shape[2:]), dtype=working_type(visual))
     return *fake_outputs(logits, options[-1]), similarity
 
 

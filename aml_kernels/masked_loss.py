@@ -7,7 +7,7 @@ from . import _checks, reference
 from ._backend import choose
 from ._library import define, differentiable, once_only
 from .reference.masked_loss import MaskedLossStats
-from .reference.quantile import RANK_IN_FP64
+from .reference.quantile import RANK_IN_FP64, working_type
 
 TARGET_TYPES = (torch.bool, torch.uint8, *_checks.FLOAT_TYPES)
 REDUCTIONS = ("mean", "sum", "none")
@@ -95,8 +95,7 @@ def check_loss(
     _checks.tensor("target", target, (3,), TARGET_TYPES, "[B, H, W]")
     samples = logits.shape[0]
     _checks.shape("target", target, (samples, *target.shape[1:]), "batch of logits")
-    if target.requires_grad:
-        _checks.no_gradient("target", target, "soft targets are constants")
+    _checks.no_gradient("target", target, "soft targets are constants")
     if similarity is not None:
         _checks.tensor("similarity", similarity, (3,), _checks.FLOAT_TYPES, "[B, h, w]")
         _checks.shape("similarity", similarity, (samples, *similarity.shape[1:]), "batch of logits")
@@ -147,7 +146,7 @@ OPTIONS = (
 
 
 def fake_outputs(logits: Tensor, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
-    samples, dtype = logits.shape[0], torch.float64 if logits.dtype == torch.float64 else torch.float32
+    samples, dtype = logits.shape[0], working_type(logits)
     loss = logits.new_empty((samples,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
     return loss, logits.new_empty((samples, 7), dtype=dtype), logits.new_empty((samples, 4), dtype=torch.int64)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from . import _checks, reference
 from ._backend import choose
 from ._library import define, differentiable, once_only
+from .reference.quantile import working_type
 
 
 def pixel_text_similarity(
@@ -76,7 +77,7 @@ def check_words(text_mask: Tensor | None) -> None:
 
 def _fake(visual, text, text_mask, normalize, scale, softmax):
     size = (visual.shape[0], *visual.shape[2:]) if visual.dim() == 4 else visual.shape[:2]
-    return visual.new_empty(size, dtype=torch.float64 if visual.dtype == torch.float64 else torch.float32)
+    return visual.new_empty(size, dtype=working_type(visual))
 
 
 def _fake_backward(grad, visual, text, text_mask, normalize, scale, softmax):
