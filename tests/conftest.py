@@ -1,19 +1,36 @@
-"""What the operators' tests share: which back ends run here, and memory that nobody wrote to holds NaN."""
+"""What the operators' tests share: back ends and their devices, and memory that nobody wrote to holds NaN."""
 
 import os
-
-os.environ["AML_KERNELS_POISON_SCRATCH"] = "1"  # read by the extension when it is loaded: scratch starts as NaN
 
 import pytest
 import torch
 from hypothesis import settings
 
-from aml_kernels import _backend
+os.environ["AML_KERNELS_POISON_SCRATCH"] = "1"  # read by the extension when it is loaded: scratch starts as NaN
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
+
+from helpers import FOR_GPUS  # noqa: E402
+
+from aml_kernels import _backend  # noqa: E402
 
 settings.register_profile("repository", deadline=None, derandomize=True)
 settings.load_profile("repository")
 
-CPU_MISSING = _backend.missing("cpu", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_of(backend: str) -> str:
+    """Where the tests of a back end have their tensors."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
+
+
+def missing(backend: str) -> str | None:
+    device = device_of(backend)
+    if device == "cuda" and not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    return _backend.missing(backend, device)
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +50,37 @@ def conditions():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.fixture(scope="module", params=("reference", "cpu"))
+@pytest.fixture(scope="module", params=_backend.BACKENDS)
 def backend(request, conditions):
     """Each back end in turn; one that cannot run here is skipped, saying why."""
-    if request.param == "cpu" and CPU_MISSING:
-        pytest.skip(CPU_MISSING)
+    if reason := missing(request.param):
+        pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """New tensors are on the device of the test's back end. Cases that this back end is not made for are skipped."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    backend = parameters.get("backend", "cpu")
+    if backend in FOR_GPUS:
+        if torch.float64 in parameters.values() or request.node.get_closest_marker("fp64"):
+            pytest.skip(f"{backend} takes no fp64")
+        if backend == "triton" and INTERPRETED and request.node.get_closest_marker("large"):
+            pytest.skip("takes too long in Triton's interpreter")
+    if device_of(backend) == "cpu":
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="module")
 def cpu(conditions):
     """The C++ back end, for what plain PyTorch does not promise (same bits, little memory, one derivative)."""
-    if CPU_MISSING:
-        pytest.skip(CPU_MISSING)
+    if reason := missing("cpu"):
+        pytest.skip(reason)
     return "cpu"
 
 
@@ -54,4 +89,13 @@ def threads():
     """`torch.set_num_threads`, undone after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For inputs so small that waking a second thread takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)

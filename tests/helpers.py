@@ -1,12 +1,23 @@
-"""Strided inputs and the rule that says what is accurate enough."""
+"""Strided inputs and the rule that says what is accurate enough.
+
+Numbers are drawn on the CPU, so that they are the same everywhere, and put on the default device: that of the back end
+under test (`conftest.device`).
+"""
 
 import textbook
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from aml_kernels.reference import resize_bilinear
 
+FOR_GPUS = ("triton", "cuda")  #: back ends that cannot look at numbers, and take no fp64
 LAYOUTS = ("contiguous", "transposed", "batch_last", "cut", "sliced")
+
+
+def here(values):
+    """`values` with its CPU tensors moved to the device of the back end under test."""
+    return tree_map_only(Tensor, lambda x: x.to(torch.get_default_device()) if x.device.type == "cpu" else x, values)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -14,16 +25,16 @@ def generator(seed: int) -> torch.Generator:
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return here(torch.randn(shape, generator=generator(seed), dtype=torch.float64, device="cpu").to(dtype))
 
 
 def uniform(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return here(torch.rand(shape, generator=generator(seed), dtype=torch.float64, device="cpu").to(dtype))
 
 
 def coin(seed: int, *shape: int, share: float = 0.5) -> Tensor:
     """True with probability `share`."""
-    return torch.rand(shape, generator=generator(seed)) < share
+    return here(torch.rand(shape, generator=generator(seed), device="cpu") < share)
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -37,7 +48,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     step = 2 if layout == "sliced" else 1
     room = [size + 2 for size in tensor.shape[:-1]] + [step * tensor.shape[-1] + 3]
     poison = float("nan") if tensor.is_floating_point() else 255 if tensor.dtype == torch.uint8 else True
-    around = torch.full(room, poison, dtype=tensor.dtype)
+    around = torch.full(room, poison, dtype=tensor.dtype, device=tensor.device)
     view = around[tuple(slice(1, size + 1) for size in tensor.shape[:-1])][..., 1 : step * tensor.shape[-1] + 1 : step]
     view.copy_(tensor)
     return view
@@ -103,6 +114,7 @@ def loss_inputs(
     return {name: laid_out(tensor, layout) for name, tensor, layout in zip(names, tensors, layouts, strict=True)}
 
 
+@textbook.on_cpu
 def kept_pixels(
     logits: Tensor, target: Tensor, similarity: Tensor | None, *, quantile: float | None = None,
     threshold: float | Tensor | None = None, valid: Tensor | None = None, map_valid: Tensor | None = None,

@@ -8,6 +8,7 @@ from helpers import (
     assert_accurate,
     assert_accurate_gradient,
     coin,
+    here,
     kept_pixels,
     laid_out,
     loss_inputs,
@@ -56,7 +57,7 @@ def in_steps(inputs, options, backend, **features):
     ids=("all", "quantile", "threshold", "thresholds", "everything"),
 )
 def test_is_the_operators_one_after_the_other(backend, options, size, dtype):
-    inputs = inputs_of(size, dtype)
+    inputs, options = inputs_of(size, dtype), here(options)
     for features in ({}, {"softmax": True, "scale": 5.0}, {"normalize": False}):
         loss, gradient, stats = run(aml_loss, inputs, **options, **features, backend=backend)
         expected, similarity = in_steps(inputs, options, backend, **features)
@@ -106,6 +107,7 @@ def test_no_gradient_reaches_the_features(backend):
     assert not any(value.requires_grad for value in stats)
 
 
+@pytest.mark.fp64
 def test_mixed_types(backend):
     inputs = inputs_of()
     for logits, features in (

@@ -7,21 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from PIL import Image
 
 from aml import checkpoint, cli
 from aml.config import load
 
 REAL = Path(__file__).resolve().parents[2] / "shared/fixtures/real_ris"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import here
 
 from aml_kernels import filter_regions, masked_loss, pixel_text_similarity
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no fixtures at ../s
 def load(name):
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = here({key: file.get_tensor(key) for key in file.keys()})
         return tensors, json.loads(file.metadata()["json"])["cases"]
 
 
@@ -54,7 +55,7 @@ def test_dice(backend):
         size = (target.shape[0], 2, *target.shape[1:])
         stored = tensors.get(f"{name}.dice_pred")
         if stored is None:
-            stored = torch.from_numpy(recipe().gauss(cases[name]["dice_pred_seed"], size, cases[name]["scale"]))
+            stored = here(torch.from_numpy(recipe().gauss(cases[name]["dice_pred_seed"], size, cases[name]["scale"])))
         pred = stored.clone().requires_grad_()
         loss = masked_loss(pred[:, 1].flatten(0, 1)[None], target.flatten(0, 1)[None], bce_weight=0.0, backend=backend)
         loss.backward()
@@ -84,7 +85,7 @@ def test_alignment(backend):
             )
             for array, key in zip((arrays[0], arrays[2], arrays[3]), ("w", "text", "vis"), strict=True):
                 assert draw.sha(array) == case["sha"][key]
-            weight, bias, text, visual = map(torch.from_numpy, arrays)
+            weight, bias, text, visual = here([torch.from_numpy(array) for array in arrays])
         words = torch.nn.functional.linear(text, weight, bias)
         actual = pixel_text_similarity(visual, words, normalize=False, softmax=True, backend=backend)
         torch.testing.assert_close(

@@ -8,6 +8,7 @@ from helpers import (
     assert_accurate,
     assert_accurate_gradient,
     coin,
+    here,
     kept_pixels,
     laid_out,
     loss_inputs,
@@ -50,6 +51,7 @@ OPTIONS = {
 def check(backend, inputs, *, masks=True, reduction="mean", grad=None, what="", **options):
     """Loss, with its gradient if `grad` is not False, against the textbook in fp64 and in fp32."""
     logits, target, similarity = inputs["logits"], inputs["target"], inputs["similarity"]
+    options = here(options)
     if masks:
         options |= {"valid": inputs["valid"], "map_valid": inputs["map_valid"]}
     keep = kept_pixels(logits, target, similarity, **options)
@@ -180,6 +182,7 @@ def test_sure_logits(backend):
     check(backend, inputs, quantile=0.3)
 
 
+@pytest.mark.large
 def test_many_pixels(backend):
     """Sums of a million terms keep the accuracy of fp32, from 16-bit inputs as well."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -241,7 +244,8 @@ def test_statistics(backend, size, dtype):
         sample_quantile(inputs["similarity"].to(working), 0.4, valid=inputs["map_valid"], backend=backend),
     )
     keep, is_target, valid = kept_pixels(**inputs, **options), inputs["target"] > 0.5, inputs["valid"]
-    predicted = reference.resize_bilinear(inputs["logits"].to(working), target, align_corners=True) > 0
+    resize = textbook.on_cpu(reference.resize_bilinear)
+    predicted = resize(inputs["logits"].to(working), target, align_corners=True) > 0
     expected = {
         "kept": keep, "kept_target": keep & is_target, "intersection": predicted & is_target & valid,
         "union": (predicted | is_target) & valid,
@@ -262,7 +266,7 @@ def test_statistics_without_gradient(backend, threshold):
     inputs["logits"].requires_grad_()
     inputs["similarity"] = inputs["similarity"].detach().requires_grad_()
     if isinstance(threshold, torch.Tensor):
-        threshold = threshold.double().requires_grad_()
+        threshold = here(threshold).double().requires_grad_()
     loss, stats = masked_loss(**inputs, threshold=threshold, return_stats=True, backend=backend)
     assert loss.requires_grad and not any(value.requires_grad for value in stats)
     assert torch.equal(stats.threshold, torch.as_tensor(threshold).detach().float().expand(3))

@@ -3,8 +3,9 @@
 from math import ceil
 
 import pytest
+import textbook
 import torch
-from helpers import LAYOUTS, coin, laid_out, normal, same_bits
+from helpers import LAYOUTS, coin, here, laid_out, normal, same_bits
 from torch.nn import functional
 
 from aml_kernels import filter_regions
@@ -39,10 +40,12 @@ def test_philox_known_answers():
 
 
 def expected_blocks(similarity, size, block, limit, ratio, seed, protect=None):
-    """Pixel by pixel and block by block."""
+    """Pixel by pixel and block by block, on the CPU."""
+    similarity, limit = similarity.cpu(), limit.cpu()
+    protect = None if protect is None else protect.cpu()
     samples, (rows, columns) = len(similarity), size
     resized = functional.interpolate(similarity.double()[:, None], size, mode="bilinear")[:, 0]
-    dropped = torch.zeros(samples, ceil(rows / block), ceil(columns / block), dtype=torch.bool)
+    dropped = torch.zeros(samples, ceil(rows / block), ceil(columns / block), dtype=torch.bool, device="cpu")
     for s in range(samples):
         assert ((resized[s] - limit[s]).abs() > 1e-6).all(), "the test's numbers lie on the threshold"
         weak = []
@@ -53,7 +56,7 @@ def expected_blocks(similarity, size, block, limit, ratio, seed, protect=None):
                 weak.append((philox((index, s, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[0], index))
         for _, index in sorted(weak)[: int(ratio * len(weak) + 0.5)]:
             dropped[s].view(-1)[index] = True
-    return dropped
+    return here(dropped)
 
 
 @pytest.mark.parametrize("seed", (0, 7, 2**63 + 5))
@@ -94,7 +97,7 @@ def test_quantile_is_that_of_the_map(backend, quantile, map_dtype):
     image, similarity = inputs_of()
     similarity = similarity.to(map_dtype)
     wide = similarity if map_dtype == torch.float64 else similarity.float()
-    limits = torch.stack([torch.quantile(one, quantile) for one in wide])
+    limits = textbook.quantile(wide, quantile)
     by_quantile, by_limit = (
         filter_regions(image, similarity, **limit, block_size=8, drop_ratio=1.0, seed=1, backend=backend)
         for limit in ({"quantile": quantile}, {"threshold": limits})
@@ -103,16 +106,15 @@ def test_quantile_is_that_of_the_map(backend, quantile, map_dtype):
     assert by_quantile[1].any() == (quantile > 0)  # nothing lies below the smallest value
 
 
-def test_the_same_on_every_back_end(cpu):
+def test_the_same_on_every_back_end(backend):
     for seed, size in enumerate([(70, 97), (64, 64), (31, 200)]):
         image, similarity = inputs_of(size, (14, 14), seed=seed)
         similarity.copy_((similarity * 4).round() / 4)  # many pixels on the threshold
         for options in ({"quantile": 0.25}, {"quantile": 0.75}, {"threshold": 0.25}):
-            results = [
-                filter_regions(image, similarity, **options, drop_ratio=0.4, block_size=8, seed=seed, backend=name)
-                for name in ("reference", cpu)
-            ]
-            assert torch.equal(results[0][1], results[1][1]) and same_bits(results[0][0], results[1][0])
+            options |= {"drop_ratio": 0.4, "block_size": 8, "seed": seed}
+            filtered, dropped = filter_regions(image, similarity, **options, backend=backend)
+            expected = filter_regions(image.cpu(), similarity.cpu(), **options, backend="reference")
+            assert same_bits(filtered.cpu(), expected[0]) and torch.equal(dropped.cpu(), expected[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,6 +132,7 @@ def test_layouts(backend, layout):
     assert same_bits(wide[0][:1], alone[0]) and torch.equal(wide[1][:1], alone[1])
 
 
+@pytest.mark.large
 def test_every_weak_block_is_as_likely(backend):
     """Over many seeds each of 16 weak blocks falls in a quarter of the cases; seeds and samples differ."""
     image, similarity = torch.zeros(4, 1, 16, 16), torch.zeros(4, 4, 4)

@@ -112,9 +112,10 @@ def test_compile(backend, compiler, dynamic):
         arguments = arguments_of_step(size, batch)
         actual, expected = result_of(compiled, arguments), result_of(train_step(backend), arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
-    if backend == "cpu":
-        used = {str(node.target) for graph in recorder.graphs for node in graph.graph.nodes}
-        assert {f"aml_kernels.{x}.default" for x in ("masked_loss", "aml_loss", "sample_quantile")} <= used
+    if backend != "reference":
+        used = [str(node.target) for graph in recorder.graphs for node in graph.graph.nodes]
+        for name in ("masked_loss", "aml_loss", "sample_quantile"):
+            assert any(target.startswith(f"aml_kernels.{name}") for target in used), name
 
 
 def test_compiled_filter(backend):
@@ -148,9 +149,10 @@ def test_export(backend):
     batch, height = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("height", min=2, max=512)
     shapes = ({0: batch, 1: height}, {0: batch, 1: 2 * height}, {0: batch}, {0: batch}, {0: batch})
     program = torch.export.export(Loss(backend), arguments(2, 5), dynamic_shapes=shapes)
-    if backend == "cpu":
-        targets = {str(node.target) for node in program.graph.nodes}
-        assert {"aml_kernels.masked_loss.default", "aml_kernels.pixel_text_similarity.default"} <= targets
+    if backend != "reference":
+        targets = [str(node.target) for node in program.graph.nodes]
+        for name in ("masked_loss", "pixel_text_similarity"):
+            assert any(target.startswith(f"aml_kernels.{name}") for target in targets), name
     for inputs in (arguments(2, 5), arguments(4, 9)):
         torch.testing.assert_close(program.module()(*inputs), Loss(backend)(*inputs), rtol=1e-6, atol=0)
 
@@ -180,7 +182,7 @@ def test_autocast(backend):
     """16-bit logits come in; loss and map leave in fp32, as without autocast."""
     visual, text, mask = features()
     head, (_, target, _, _, _) = torch.nn.Conv2d(9, 1, 1), small()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(visual.device.type, torch.bfloat16):
         logits = head(visual)
         assert logits.dtype == torch.bfloat16
         similarity = pixel_text_similarity(visual, text, mask, backend=backend)
@@ -194,6 +196,7 @@ def test_autocast(backend):
     assert head.weight.grad.dtype == torch.float32 and head.weight.grad.any()
 
 
+@pytest.mark.fp64
 @pytest.mark.parametrize("softmax", (False, True), ids=("scores", "softmax"))
 @pytest.mark.parametrize("normalize", (False, True), ids=("dot", "cosine"))
 def test_gradcheck_of_similarity(backend, normalize, softmax):
@@ -207,6 +210,7 @@ def test_gradcheck_of_similarity(backend, normalize, softmax):
         )
 
 
+@pytest.mark.fp64
 @pytest.mark.parametrize("size", [(4, 5), (2, 3), (7, 4), (1, 1)], ids=str)
 def test_gradcheck_of_losses(backend, size):
     logits, target, similarity, valid, _ = small(torch.float64, size, target=(4, 5))

@@ -21,14 +21,7 @@ from aml.training import learning_rate_factor, train
 # 4 epochs of 4 steps; evaluated at 4, 8, ...; saved at 3, 6, 9, ... too, where the log's averages are open.
 STEPS = 16
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=3", "train.keep=3", "optim.lr=0.01", "optim.warmup=0.2")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,28 @@
 """The operators as a textbook would write them, independent of `aml_kernels.reference`: the oracle, in fp64."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
+def on_cpu(function):
+    """The oracle is PyTorch on the CPU also for tensors on a GPU, where its roundings differ."""
+
+    @functools.wraps(function)
+    def run(*arguments, **named):
+        given = (arguments, named)
+        device = next(x.device for x in tree_leaves(given) if isinstance(x, Tensor))
+        arguments, named = tree_map_only(Tensor, Tensor.cpu, given)
+        with torch.device("cpu"):
+            return function(*arguments, **named).to(device)
+
+    return run
+
+
+@on_cpu
 def similarity(
     visual: Tensor, text: Tensor, text_mask: Tensor | None = None, *, normalize: bool = True, scale: float = 1.0,
     softmax: bool = False,
@@ -20,6 +38,7 @@ def similarity(
     return torch.stack(maps).reshape(len(visual), *visual.shape[2:]) if visual.dim() == 4 else torch.stack(maps)
 
 
+@on_cpu
 def quantile(values: Tensor, q: float | Tensor, valid: Tensor | None = None, interpolation: str = "linear") -> Tensor:
     """`torch.quantile` of one row after the other; NaN for an empty one."""
     values = values if values.dtype == torch.float64 else values.float()
@@ -34,10 +53,12 @@ def quantile(values: Tensor, q: float | Tensor, valid: Tensor | None = None, int
     return torch.stack(results)
 
 
+@on_cpu
 def resize(image: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     return functional.interpolate(image[:, None], size, mode="bilinear", align_corners=align_corners)[:, 0]
 
 
+@on_cpu
 def loss(
     logits: Tensor, target: Tensor, keep: Tensor, *, bce_weight: float = 1.0, dice_weight: float = 1.0,
     class_weight: tuple[float, float] | None = None, smooth: float = 1e-5,
