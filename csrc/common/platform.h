@@ -14,7 +14,7 @@ namespace aml {
 
 // The whole extension is compiled without contraction of a * b + c, because a pixel is kept or left out by comparing
 // two computed numbers, and that has to come out the same on every back end. Where fusing helps it is asked for.
-#if defined(__CUDACC__) || defined(AML_FMA) || defined(__aarch64__)
+#if defined(__CUDACC__) || defined(AML_EMULATED) || defined(AML_FMA) || defined(__aarch64__)
 AML_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 AML_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else

@@ -4,22 +4,11 @@
 // the extension is loaded. The operators themselves (similarity.cpp, ...) only check, allocate and divide the work.
 #pragma once
 
-#include <cstdint>
-
 #include "../common/loss.h"
+#include "../common/plane.h"
 #include "../common/quantile.h"
 
 namespace aml::cpu {
-
-enum class Type : uint8_t { f32, bf16, f16, f64, u8 };  // u8 also stands for bool
-
-// A tensor [samples, rows, columns] of any strides, in elements. Null data: the argument was not given.
-struct Plane {
-  const void* data = nullptr;
-  Type type = Type::f32;
-  int64_t sample_stride = 0, row_stride = 0, column_stride = 0;
-  int64_t rows = 0, columns = 0;
-};
 
 // For each destination row or column: its two sources and the weight of the second.
 template <class T>
