@@ -134,6 +134,10 @@ __device__ __forceinline__ Pack<T, N> load_input(const T* from) {
   return bit_cast<Pack<T, N>>(__ldg(reinterpret_cast<const Word<T, N>*>(from)));
 }
 template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load(const T* from) {
+  return bit_cast<Pack<T, N>>(*reinterpret_cast<const Word<T, N>*>(from));
+}
+template <int N, class T>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
   *reinterpret_cast<Word<T, N>*>(to) = bit_cast<Word<T, N>>(pack);
 }
