@@ -55,17 +55,55 @@ class _Section:
             raise ConfigError(problems)
 
 
+# Where `null` is given or nothing; the models' constructors have the same defaults.
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "compact": {
+        "backbone": "tf_efficientnet_lite0",
+        "text_encoder": "minilm",
+        "freeze_encoders": True,
+        "image_size": 224,
+        "dim": 128,
+        "layers": 2,
+    },
+    "caris": {
+        "backbone": "swin_base_patch4_window7_224.ms_in22k",
+        "text_encoder": "bert-base-uncased",
+        "freeze_encoders": False,
+        "image_size": 448,
+        "dim": 256,
+        "layers": 6,
+        "keep_end": True,
+        "gradient_checkpointing": False,
+    },
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Section):
-    name: str = _setting("compact", "architecture, as known to aml.models.build_model")
-    backbone: str = _setting("tf_efficientnet_lite0", "image encoder: a timm model with features_only")
-    text_encoder: str = _setting("minilm", "'minilm' (embedded), or a folder that transformers reads")
+    """A setting that is null and has no default in MODEL_DEFAULTS is none of this model's."""
+
+    name: str = _setting("compact", "architecture, as known to aml.models.build_model: compact, caris")
+    backbone: str | None = _setting(None, "image encoder: a timm model with features_only; caris: a timm Swin")
+    backbone_weights: str | None = _setting(None, "caris: file of Swin weights to start from, instead of timm's")
+    text_encoder: str | None = _setting(None, "'minilm' (embedded), a folder that transformers reads; caris: a BERT")
     pretrained: bool = _setting(True, "start the encoders from pretrained weights")
-    freeze_encoders: bool = _setting(True, "leave the encoders as they are: right for small data and CPUs")
-    image_size: int = _setting(224, "side of the square input image, in pixels", low=32, high=4096)
+    freeze_encoders: bool | None = _setting(None, "leave the encoders as they are: right for small data and CPUs")
+    image_size: int | None = _setting(None, "side of the square input image, in pixels", low=32, high=4096)
     max_tokens: int = _setting(20, "longest sentence in tokens, [CLS] and [SEP] included", low=3, high=512)
-    dim: int = _setting(128, "width of the decoder, a multiple of 64", low=64)
-    layers: int = _setting(2, "transformer layers over pixels and words", low=1)
+    keep_end: bool | None = _setting(None, "caris: a sentence cut to max_tokens keeps its [SEP]; false: as released")
+    dim: int | None = _setting(None, "width of the decoder, a multiple of 64", low=64)
+    layers: int | None = _setting(None, "transformer layers over pixels and words", low=1)
+    gradient_checkpointing: bool | None = _setting(None, "caris: compute activations again to save memory")
+
+    def __post_init__(self) -> None:
+        for name, value in MODEL_DEFAULTS.get(self.name, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the way to set a field of a frozen class
+        super().__post_init__()
+
+    def options(self) -> dict[str, Any]:
+        """What `build_model` takes."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RISModel
     Raises CheckpointError where `path` is no complete checkpoint.
     """
     folder = checkpoint.resolve(path)
-    options = dataclasses.asdict(load_config(folder / "config.yaml").model)
-    model = build_model(options.pop("name"), **{**options, "pretrained": False})
+    settings = dataclasses.replace(load_config(folder / "config.yaml").model, pretrained=False)
+    model = build_model(**settings.options())
     checkpoint.load_weights(folder, model=model)
     return model.to(device).eval()
 

@@ -113,7 +113,7 @@ class _Trainer:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         torch.manual_seed(settings.seed)
-        self.model = build_model(**asdict(config.model))
+        self.model = build_model(**config.model.options())
         self.train_set = build_dataset(config, refer, self.model, "train", train=True)
         self.val_set = build_dataset(config, refer, self.model, "val", train=False)
         per_epoch = len(self._epoch(0, 0))

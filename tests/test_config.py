@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from aml.config import Config, ConfigError, OptimConfig, TrainConfig, describe, differences, load, to_yaml
 
 SETTINGS = """
-model.name model.backbone model.text_encoder model.pretrained model.freeze_encoders model.image_size
-model.max_tokens model.dim model.layers
+model.name model.backbone model.backbone_weights model.text_encoder model.pretrained model.freeze_encoders
+model.image_size model.max_tokens model.keep_end model.dim model.layers model.gradient_checkpointing
 data.root data.dataset data.split_by data.images data.field data.augment
 alignment.strategy alignment.projection alignment.dim alignment.quantile alignment.protect_target
 alignment.bce_weight alignment.dice_weight alignment.aux_weight alignment.warmup

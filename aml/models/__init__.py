@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from aml.models.base import AlignmentInputs, RISModel
+from aml.models.caris import CARIS
 from aml.models.compact import CompactRIS
 
-MODELS: dict[str, type[RISModel]] = {"compact": CompactRIS}
+MODELS: dict[str, type[RISModel]] = {"compact": CompactRIS, "caris": CARIS}
 
 __all__ = ["MODELS", "AlignmentInputs", "RISModel", "build_model"]
 

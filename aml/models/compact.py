@@ -14,17 +14,17 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from aml.models.base import AlignmentInputs, RISModel
+from aml.models.base import AlignmentInputs
 from aml.models.memo import FeatureMemo
 from aml.models.pretrained import BACKBONE, TEXT_ENCODER, build_backbone, build_text_encoder
+from aml.models.words import TokenizedModel
 
 STRIDES = (4, 8, 16, 32)
 
 
-class CompactRIS(RISModel):
+class CompactRIS(TokenizedModel):
     """Any timm backbone with `features_only`, any transformers text encoder, a decoder of a million weights.
 
     backbone: a timm name; its maps at strides 4, 8, 16 and 32 are used.
@@ -69,10 +69,7 @@ class CompactRIS(RISModel):
         self.visual_dim = channels[2]
         self.text_dim = self.text_encoder.config.hidden_size
         self.decoder = FusionDecoder(channels, self.text_dim, dim, layers, dropout)
-        self.register_buffer("special_tokens", None, persistent=False)
-        self.tokenizer: Tokenizer | None = None
-        if tokenizer is not None:
-            self._set_tokenizer(tokenizer)
+        self.set_tokenizer(tokenizer)
         if freeze_encoders:
             for encoder in self.encoders():
                 encoder.requires_grad_(False)
@@ -87,14 +84,6 @@ class CompactRIS(RISModel):
             for encoder in self.encoders():
                 encoder.eval()
         return self
-
-    def tokenize(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        if self.tokenizer is None:
-            raise RuntimeError("this model has no tokenizer yet: load a checkpoint, or  pip install aml-kernels[demo]")
-        encoded = self.tokenizer.encode_batch(list(sentences))
-        tokens = torch.tensor([item.ids for item in encoded], dtype=torch.int64).view(-1, self.max_tokens)
-        attended = torch.tensor([item.attention_mask for item in encoded], dtype=torch.bool)
-        return tokens, attended.view(-1, self.max_tokens)
 
     def encode(self, image: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
         maps, words = self._encode(image, tokens, text_mask)
@@ -124,29 +113,7 @@ class CompactRIS(RISModel):
         return self.freeze_encoders and plain and not torch.compiler.is_compiling()
 
     def _alignment(self, maps: list[Tensor], words: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
-        special = (tokens.unsqueeze(-1) == self.special_tokens).any(-1)
-        real = text_mask & ~special
-        # In an empty sentence its special tokens stand for the words.
-        real = real | (text_mask & ~real.any(1, keepdim=True))
-        return AlignmentInputs(maps[2], words, real)
-
-    def _set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        tokenizer.enable_truncation(self.max_tokens)
-        tokenizer.enable_padding(**{**(tokenizer.padding or {}), "length": self.max_tokens})
-        self.tokenizer = tokenizer
-        # What an empty sentence is encoded to: start, end and padding.
-        special = sorted(set(tokenizer.encode("").ids))
-        self.special_tokens = torch.tensor(special, device=self.decoder.bias.device)
-
-    # The tokenizer travels in the state dict, as bytes so that safetensors takes it: no other file is needed.
-
-    def get_extra_state(self) -> Tensor:
-        if self.tokenizer is None:
-            raise RuntimeError("this model has no tokenizer, so its state is not complete; load a checkpoint first")
-        return torch.frombuffer(bytearray(self.tokenizer.to_str().encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self._set_tokenizer(Tokenizer.from_str(bytes(state.cpu().numpy()).decode()))
+        return AlignmentInputs(maps[2], words, self.real_words(tokens, text_mask))
 
 
 class FusionDecoder(nn.Module):

