@@ -7,60 +7,73 @@
 
 namespace aml {
 
-// exp(x) for x <= 0 within 1 ulp: x = n ln 2 + r, a polynomial in r, n added to the exponent. Branch-free.
-AML_INLINE float exp_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;  // below, the result would be subnormal; NaN passes
-  const float shifted = multiply_add(clamped, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: rounds to a whole number
-  const float n = shifted - 12582912.0f;
-  float r = multiply_add(n, -0.693359375f, clamped);
-  r = multiply_add(n, 2.12194440e-4f, r);
-  float p = 1.3941111e-3f;
-  p = multiply_add(p, r, 8.3691506e-3f);
-  p = multiply_add(p, r, 4.1666351e-2f);
-  p = multiply_add(p, r, 1.6666505e-1f);
-  p = multiply_add(p, r, 0.5f);
-  p = multiply_add(p, r, 1.0f);
-  p = multiply_add(p, r, 1.0f);
-  const int32_t exponent = (bit_cast<int32_t>(shifted) - 0x4B400000 + 127) << 23;
-  return p * bit_cast<float>(exponent);
+// The formulas below are written for `V`: a float or a double, or several of them at once (csrc/cpu/lanes.h).
+AML_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b if one of them is NaN
+AML_INLINE double larger(double a, double b) { return a > b ? a : b; }
+AML_INLINE float reciprocal(float x) { return 1.0f / x; }
+AML_INLINE double reciprocal(double x) { return 1.0 / x; }
+AML_INLINE float magnitude(float x) { return ::fabsf(x); }
+AML_INLINE double magnitude(double x) { return ::fabs(x); }
+AML_INLINE float if_negative(float x, float a, float b) { return x < 0 ? a : b; }
+AML_INLINE double if_negative(double x, double a, double b) { return x < 0 ? a : b; }
+// The float whose exponent field is the low bits of `x`.
+AML_INLINE float from_exponent(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) << 23); }
+
+// exp(x) for x <= 0 within 1 ulp, and 0 where that is subnormal: x = n ln 2 + r, a polynomial in r, times 2^n.
+template <class V>
+AML_INLINE V exp_nonpositive(V x) {
+  const V clamped = larger(V(-88.3f), x);  // n = -127, which stands for 0; NaN passes
+  const V magic(12583039.0f);              // 1.5 * 2^23 + 127: rounds to a whole number, plus the exponent's bias
+  const V shifted = multiply_add(clamped, V(1.44269504f), magic);
+  const V n = shifted - magic;
+  V r = multiply_add(n, V(-0.693359375f), clamped);
+  r = multiply_add(n, V(2.12194440e-4f), r);
+  V p(1.3941111e-3f);
+  p = multiply_add(p, r, V(8.3691506e-3f));
+  p = multiply_add(p, r, V(4.1666351e-2f));
+  p = multiply_add(p, r, V(1.6666505e-1f));
+  p = multiply_add(p, r, V(0.5f));
+  p = multiply_add(p, r, V(1.0f));
+  p = multiply_add(p, r, V(1.0f));
+  return p * from_exponent(shifted);
 }
 
-// log(1 + e) for 0 <= e <= 1, relative error 3e-8 before rounding: e times a polynomial. Branch-free.
-AML_INLINE float log1p_unit(float e) {
-  float p = -3.25637846e-3f;
-  p = multiply_add(p, e, 1.99071616e-2f);
-  p = multiply_add(p, e, -5.70642017e-2f);
-  p = multiply_add(p, e, 1.06142648e-1f);
-  p = multiply_add(p, e, -1.53118625e-1f);
-  p = multiply_add(p, e, 1.96781173e-1f);
-  p = multiply_add(p, e, -2.49545589e-1f);
-  p = multiply_add(p, e, 3.33300054e-1f);
-  p = multiply_add(p, e, -4.99999046e-1f);
-  p = multiply_add(p, e, 1.0f);
-  return p * e;
+// log(1 + e) = e * log1p_slope(e) for 0 <= e <= 1, relative error 3e-8 before rounding.
+template <class V>
+AML_INLINE V log1p_slope(V e) {
+  V p(-3.25637846e-3f);
+  p = multiply_add(p, e, V(1.99071616e-2f));
+  p = multiply_add(p, e, V(-5.70642017e-2f));
+  p = multiply_add(p, e, V(1.06142648e-1f));
+  p = multiply_add(p, e, V(-1.53118625e-1f));
+  p = multiply_add(p, e, V(1.96781173e-1f));
+  p = multiply_add(p, e, V(-2.49545589e-1f));
+  p = multiply_add(p, e, V(3.33300054e-1f));
+  p = multiply_add(p, e, V(-4.99999046e-1f));
+  return multiply_add(p, e, V(1.0f));
 }
 
 AML_INLINE double exp_nonpositive(double x) { return ::exp(x); }
-AML_INLINE double log1p_unit(double e) { return ::log1p(e); }
+AML_INLINE double log1p_slope(double e) { return e > 0 ? ::log1p(e) / e : 1.0; }
 
-template <class T>
+template <class V>
 struct Sigmoid {
-  T e;           // exp(-|z|)
-  T reciprocal;  // 1 / (1 + e)
-  T p;           // sigmoid(z)
+  V e;           // exp(-|z|)
+  V reciprocal;  // 1 / (1 + e)
+  V p;           // sigmoid(z)
 };
 
-template <class T>
-AML_INLINE Sigmoid<T> sigmoid(T z) {
-  const T e = exp_nonpositive(z < 0 ? z : -z);
-  const T reciprocal = T(1) / (T(1) + e);
-  return {e, reciprocal, z >= 0 ? reciprocal : e * reciprocal};
+template <class V>
+AML_INLINE Sigmoid<V> sigmoid(V z) {
+  const V e = exp_nonpositive(-magnitude(z));
+  const V r = reciprocal(V(1) + e);
+  return {e, r, if_negative(z, e * r, r)};
 }
 
 // Binary cross entropy with logits: max(z, 0) - z y + log(1 + exp(-|z|)).
-template <class T>
-AML_INLINE T cross_entropy(T z, T y, T e) {
-  return (z > 0 ? z : T(0)) - z * y + log1p_unit(e);
+template <class V>
+AML_INLINE V cross_entropy(V z, V y, V e) {
+  return multiply_add(log1p_slope(e), e, multiply_add(-z, y, larger(z, V(0))));
 }
 
 // What a sample's pixels add up to. `Sum` is double on the CPU and a pair of floats or a float on a GPU.
@@ -103,12 +116,13 @@ AML_INLINE LossGradient<T> loss_gradient(T grad, T weight, T p, T y, T py, const
   return {weight > 0 ? grad * options.bce_weight / weight : T(0), dice * (numerator / denominator), T(-2) * dice};
 }
 
-template <class T>
-AML_INLINE T pixel_gradient(T z, T y, const LossGradient<T>& g, T negative_weight, T weight_step) {
-  const Sigmoid<T> s = sigmoid(z);
-  const T slope = s.e * s.reciprocal * s.reciprocal;  // p (1 - p)
-  const T weight = multiply_add(weight_step, y, negative_weight);
-  return multiply_add(slope, multiply_add(g.dice_py, y, g.dice_p), g.bce * weight * (s.p - y));
+// The same for several pixels: V is T or lanes of it.
+template <class V, class T>
+AML_INLINE V pixel_gradient(V z, V y, const LossGradient<T>& g, T negative_weight, T weight_step) {
+  const Sigmoid<V> s = sigmoid(z);
+  const V slope = s.e * s.reciprocal * s.reciprocal;  // p (1 - p)
+  const V weight = multiply_add(V(weight_step), y, V(negative_weight));
+  return multiply_add(slope, multiply_add(V(g.dice_py), y, V(g.dice_p)), V(g.bce) * weight * (s.p - y));
 }
 
 }  // namespace aml

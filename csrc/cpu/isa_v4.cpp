@@ -10,6 +10,8 @@
 // GCC does not define __FMA__ and __AVX512F__ for a target chosen by a pragma in C++.
 #define AML_FMA
 #define AML_AVX512
+// GCC 12 takes the unused operand of its own intrinsics for an oversight.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define AML_TABLE kernels_v4
 #define AML_VECTOR_BYTES 64
 #include "isa.h"

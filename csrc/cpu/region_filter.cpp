@@ -2,7 +2,8 @@
 #include <cmath>
 
 #include "../common/philox.h"
-#include "rows.h"
+#define AML_VECTOR_BYTES 16  // compiled for any processor
+#include "resized_plane.h"
 #include "tensors.h"
 
 namespace aml::cpu {
@@ -24,9 +25,14 @@ void find_weak(const Plane& map, const Plane& protect, const Tensor& image, cons
     const int64_t count = std::min(columns - first, kTileColumns);
     similarity.start_tile(sample, first, count);
     for (int64_t y = 0; y < rows; ++y) {
-      const T* row = similarity.row(y);
+      const Blend<T> row = similarity.row(y);
       bool* here = weak + y / blocks.size * blocks.columns;
-      for (int64_t x = 0; x < count; ++x) here[(first + x) / blocks.size] |= row[x] < limit;
+      for (int64_t x = 0; x < count;) {
+        const int64_t block = (first + x) / blocks.size, end = std::min(count, (block + 1) * blocks.size - first);
+        bool below = false;
+        for (; x < end; ++x) below |= row[x] < limit;
+        here[block] |= below;
+      }
     }
   }
   if (!protect.data) return;

@@ -1,7 +1,6 @@
-// Reading and writing rows of any type and stride, and resizing a plane row by row.
+// Reading and writing rows of any type and stride.
 #pragma once
 
-#include "../common/resize.h"
 #include "kernels.h"
 
 namespace aml::cpu {
@@ -74,61 +73,6 @@ inline const T* read_row(const Plane& plane, int64_t sample, int64_t row, int64_
   read(plane.data, plane.type, offset, plane.column_stride, count, buffer);
   return buffer;
 }
-
-// A plane as seen at the target's size, one row of one tile of columns at a time. Resizing along a row is done once
-// per source row; between rows it is a blend of two such rows, so that no pixel needs a gather.
-template <class T>
-class ResizedPlane {
- public:
-  static int64_t scratch(const Plane& plane, bool resized) {
-    return resized ? 3 * kTileColumns + plane.columns : kTileColumns;
-  }
-
-  ResizedPlane(const Plane& plane, bool resized, const Axis<T>& rows, const Axis<T>& columns, T*& scratch)
-      : plane_(plane), resized_(resized), rows_(rows), columns_(columns), out_(scratch) {
-    for (int slot = 0; slot < 2; ++slot) blended_[slot] = scratch + (1 + slot) * kTileColumns;
-    source_ = scratch + 3 * kTileColumns;
-    scratch += ResizedPlane::scratch(plane, resized);
-  }
-
-  void start_tile(int64_t sample, int64_t first, int64_t count) {
-    sample_ = sample, first_ = first, count_ = count;
-    held_[0] = held_[1] = -1;
-  }
-
-  const T* row(int64_t y) {
-    if (!resized_) return read_row(plane_, sample_, y, first_, count_, out_);
-    const T* a = source_row(rows_.below[y]);
-    const T* b = source_row(rows_.above[y]);
-    const T weight = rows_.weight[y];
-    for (int64_t x = 0; x < count_; ++x) out_[x] = interpolate(a[x], b[x], weight);
-    return out_;
-  }
-
- private:
-  const T* source_row(int64_t row) {
-    T* out = blended_[row & 1];  // the two neighbours of a row lie in different slots
-    if (held_[row & 1] == row) return out;
-    held_[row & 1] = row;
-    const int32_t* below = columns_.below + first_;
-    const int32_t* above = columns_.above + first_;
-    const T* weight = columns_.weight + first_;
-    const int64_t cell = below[0];
-    const T* in = read_row(plane_, sample_, row, cell, above[count_ - 1] - cell + 1, source_) - cell;
-    for (int64_t x = 0; x < count_; ++x) out[x] = interpolate(in[below[x]], in[above[x]], weight[x]);
-    return out;
-  }
-
-  const Plane& plane_;
-  const bool resized_;
-  const Axis<T>& rows_;
-  const Axis<T>& columns_;
-  T* out_;
-  T* blended_[2];
-  T* source_;
-  int64_t held_[2] = {-1, -1};
-  int64_t sample_ = 0, first_ = 0, count_ = 0;
-};
 
 }  // namespace
 }  // namespace aml::cpu

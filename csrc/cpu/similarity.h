@@ -131,7 +131,7 @@ inline void multiply_strip(const T* features, int64_t stride, int64_t channels, 
   for (int64_t c = 0; c < channels; ++c) {
     const Vector<T> v = load(features + c * stride);
     if (prefetch) __builtin_prefetch(features + c * stride + prefetch);
-    for (int64_t j = 0; j < kWordBlock; ++j) sum[j] = multiply_add(v, Vector<T>{} + words[c * word_stride + j], sum[j]);
+    for (int64_t j = 0; j < kWordBlock; ++j) sum[j] = multiply_add(v, spread(words[c * word_stride + j]), sum[j]);
   }
   for (int64_t j = 0; j < kWordBlock; ++j) store(score + j * score_stride, load(score + j * score_stride) + sum[j]);
 }
@@ -257,7 +257,7 @@ inline void feature_gradient(const Tile<T>& tile, const int32_t* active, const T
   for (int c = 0; c < N; ++c) g[c] = along * load(features + c * stride + i);
   for (int32_t k = 1; k <= active[0]; ++k) {
     const Vector<T> coefficient = load(tile.score + active[k] * tile.pixels + i);
-    for (int c = 0; c < N; ++c) g[c] = multiply_add(coefficient, Vector<T>{} + panel[c * padded + active[k]], g[c]);
+    for (int c = 0; c < N; ++c) g[c] = multiply_add(coefficient, spread(panel[c * padded + active[k]]), g[c]);
   }
   for (int c = 0; c < N; ++c) store(out + c * tile.pixels + i, g[c]);
 }

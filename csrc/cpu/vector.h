@@ -29,6 +29,10 @@ AML_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<f
 AML_INLINE Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) { return a * b + c; }
 #endif
 
+// `x` in every lane. x - 0 is x in every bit; of x + 0 the compiler cannot say so, and adds.
+template <class T>
+AML_INLINE Vector<T> spread(T x) { return x - Vector<T>{}; }
+
 AML_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 AML_INLINE double sqrt_of(double x) { return __builtin_sqrt(x); }
 
@@ -52,18 +56,23 @@ AML_INLINE auto horizontal_sum(V v) {
 }
 #endif
 
+template <class T>
+using Indices = Vector<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type>;
+
+// Lane i is lane index[i] of v.
+template <class T>
+AML_INLINE Vector<T> pick(Vector<T> v, Indices<T> index) { return __builtin_shuffle(v, index); }
+
 // Transposes a square of kLanes x kLanes elements, by exchanging ever smaller halves.
 template <class T>
 AML_INLINE void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
-  typedef Index Indices __attribute__((vector_size(AML_VECTOR_BYTES)));
   constexpr int lanes = kLanes<T>;
   Vector<T> row[lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) row[i] = load(in + i * in_stride);
 #pragma GCC unroll 4
   for (int half = lanes / 2; half > 0; half /= 2) {
-    Indices low, high;
+    Indices<T> low, high;
 #pragma GCC unroll 16
     for (int lane = 0; lane < lanes; ++lane) {
       low[lane] = lane & half ? lanes + lane - half : lane;
