@@ -1,0 +1,99 @@
+"""Runs every kernel of a back end once per kind of input, on small tensors: what compute-sanitizer watches.
+
+`python tests/gpu/every_kernel.py cuda`. Inputs are made on the CPU, so that hardly a kernel runs that is not ours.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from helpers import coin, laid_out, loss_inputs, normal  # noqa: E402
+
+import aml_kernels  # noqa: E402
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("uint8", "bool", "soft", "soft bf16")
+# Logits, target, map: equal sizes in whole vectors and with a rest, logits to enlarge and to shrink, several blocks.
+SIZES = (
+    ((16, 64), (16, 64), (4, 4)), ((24, 33), (24, 33), (5, 7)), ((13, 9), (52, 36), (52, 36)),
+    ((48, 40), (17, 23), (1, 1)), ((96, 100), (190, 200), (14, 14)),
+)
+LAYOUTS = (("contiguous",), ("cut", "sliced", "batch_last", "transposed"))
+
+
+def losses(backend: str, device: str) -> None:
+    options = {"class_weight": (0.9, 1.1), "return_stats": True, "backend": backend}
+    for dtype, kind, (logits, target, cells), layouts in itertools.product(TYPES, KINDS, SIZES, LAYOUTS):
+        inputs = loss_inputs(
+            batch=2, logits=logits, target=target, map=cells, dtype=dtype, kind=kind, map_dtype=dtype, layouts=layouts,
+        )
+        inputs = {name: on(device, x) for name, x in inputs.items()}
+        leaf = inputs.pop("logits").requires_grad_()
+        aml_kernels.masked_loss(leaf, **inputs, quantile=0.3, protect_target=True, **options)[0].backward()
+        aml_kernels.masked_loss(leaf, inputs["target"], reduction="sum", **options)[0].backward()
+        visual, text, mask = features(dtype, (20, *cells), 6, layouts[0])
+        visual, text, mask = (on(device, x) for x in (visual, text, mask))
+        del inputs["similarity"]
+        limits = torch.tensor([0.1, -0.1]).to(device)
+        for limit in ({"quantile": 0.3}, {"threshold": limits}):
+            loss, _ = aml_kernels.aml_loss(
+                leaf, **inputs, visual=visual, text=text, text_mask=mask, reduction="none", **limit, **options,
+            )
+            loss.sum().backward()
+
+
+def similarities(backend: str, device: str) -> None:
+    shapes = (((37, 5, 7), 6), ((64, 16, 16), 20), ((96, 9, 33), 77))
+    for dtype, softmax, (shape, words) in itertools.product(TYPES, (False, True), shapes):
+        for layout, masked in (("contiguous", True), ("transposed", False)):
+            visual, text, mask = features(dtype, shape, words, layout)
+            leaves = [on(device, x).requires_grad_() for x in (visual, text)]
+            mask = on(device, mask) if masked else None
+            aml_kernels.pixel_text_similarity(*leaves, mask, softmax=softmax, backend=backend).sum().backward()
+
+
+def selections(backend: str, device: str) -> None:
+    for dtype, length, layout in itertools.product(TYPES, (1, 49, 5000, 70_001), ("contiguous", "sliced")):
+        drawn = normal(0, 2, length, dtype=dtype), coin(1, 2, length)
+        values, valid = (on(device, laid_out(x, layout)) for x in drawn)
+        q = torch.tensor([0.25, 0.75]).to(device)
+        aml_kernels.sample_quantile(values, 0.25, backend=backend)
+        aml_kernels.sample_quantile(values, q, valid=valid, interpolation="nearest", backend=backend)
+    for dtype, block, layout in itertools.product((*TYPES, torch.uint8), (1, 16, 32), ("contiguous", "transposed")):
+        image, similarity = laid_out(normal(0, 2, 3, 70, 97).to(dtype), layout), laid_out(normal(1, 2, 5, 7), layout)
+        image, similarity, protect = (on(device, x) for x in (image, similarity, coin(2, 2, 70, 97, share=0.01)))
+        for limit in ({"quantile": 0.3}, {"threshold": 0.0, "protect": protect}):
+            aml_kernels.filter_regions(image, similarity, **limit, block_size=block, seed=7, backend=backend)
+
+
+def features(dtype: torch.dtype, shape: tuple[int, int, int], words: int, layout: str):
+    mask = coin(2, 2, words, share=0.7)
+    mask[:, 0] = True
+    visual, text = normal(0, 2, *shape, dtype=dtype), normal(1, 2, words, shape[0], dtype=dtype)
+    return laid_out(visual, layout), laid_out(text, layout), mask
+
+
+def on(device: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides: `to` would close the gaps of a view."""
+    if device == "cpu":
+        return tensor
+    memory = torch.empty(tensor.untyped_storage().nbytes() // tensor.element_size(), dtype=tensor.dtype, device="cpu")
+    memory.untyped_storage().copy_(tensor.untyped_storage())
+    return memory.to(device).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def main(backends: tuple[str, ...], device: str = "cuda") -> None:
+    for backend in backends:
+        losses(backend, device)
+        similarities(backend, device)
+        selections(backend, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"every kernel of {' and '.join(backends)} ran")
+
+
+if __name__ == "__main__":
+    main(tuple(sys.argv[1:]))
