@@ -1,0 +1,104 @@
+"""The driver of `make gpu`, on parts that need no GPU: what it starts, ends, stores, skips and reports."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent / "gpu" / "run.py"
+spec = importlib.util.spec_from_file_location("gpu_run", SOURCE)
+driver = sys.modules["gpu_run"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(driver)
+
+
+def part(name, script, seconds=60, proof=r"^done.*", **more):
+    return driver.Part(name, seconds, (sys.executable, "-c", script), proof, **more)
+
+
+def drive(folder, *planned, only=(), minutes=1.0):
+    """Exit code and the stored results."""
+    arguments = ["--out", str(folder), "--minutes", str(minutes), *(["--only", *only] if only else [])]
+    code = driver.main(arguments, make=lambda folder: list(planned))
+    stored, = folder.glob("*/results.json")
+    return code, json.loads(stored.read_text())
+
+
+def counting(name, folder):
+    return part(name, f"open({str(folder / name)!r}, 'a').write('x'); print('done', {name!r})")
+
+
+def test_what_has_passed_is_not_run_again(tmp_path):
+    a, b = counting("a", tmp_path), counting("b", tmp_path)
+    broken = part("b", "raise SystemExit(3)")
+    code, results = drive(tmp_path / "out", a, broken)
+    assert code == 1 and results["a"]["state"] == "passed" and results["a"]["says"] == "done a"
+    assert results["b"]["state"] == "failed" and "exit code 3" in results["b"]["says"]
+    code, results = drive(tmp_path / "out", a, b)
+    assert code == 0 and results["b"]["state"] == "passed"
+    assert (tmp_path / "a").read_text() == "x"
+    drive(tmp_path / "out", a, b, only=["a"])
+    assert (tmp_path / "a").read_text() == "xx" and (tmp_path / "b").read_text() == "x"
+
+
+def test_a_part_that_others_depend_on_runs_every_time(tmp_path):
+    build = part("build", f"open({str(tmp_path / 'n')!r}, 'a').write('x'); print('done')", always=True)
+    for _ in range(2):
+        drive(tmp_path / "out", build)
+    assert (tmp_path / "n").read_text() == "xx"
+
+
+def test_a_part_that_did_nothing_has_not_passed(tmp_path):
+    code, results = drive(tmp_path, part("tests", "print('5 skipped in 0.1s')", proof=r"^.*\b\d+ passed.*"))
+    assert code == 1 and results["tests"]["state"] == "failed" and "nothing was run" in results["tests"]["says"]
+
+
+def test_a_part_is_ended_with_its_workers_after_its_time(tmp_path):
+    alive = tmp_path / "alive"
+    worker = f"import time; time.sleep(3); open({str(alive)!r}, 'w')"
+    script = (
+        f"import subprocess, sys, time; print('started', flush=True); "
+        f"subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(60)"
+    )
+    start = time.monotonic()
+    code, results = drive(tmp_path / "out", part("slow", script, seconds=1), part("next", "print('done')"))
+    assert code == 1 and results["slow"]["state"] == "cut off" and "started" in results["slow"]["says"]
+    assert results["next"]["state"] == "passed" and time.monotonic() - start < 30
+    time.sleep(max(0.0, start + 5 - time.monotonic()))
+    assert not alive.exists()
+
+
+def test_parts_that_no_time_is_left_for_wait_for_the_next_run(tmp_path):
+    code, results = drive(tmp_path, part("a", "print('done')"), minutes=0.01)
+    assert code == 1 and results["a"]["state"] == "not started"
+
+
+def test_a_tool_that_is_not_installed_is_no_failure(tmp_path):
+    code, results = drive(tmp_path, part("tool", "", missing="is not installed"))
+    assert code == 0 and results["tool"] == {"state": "missing", "says": "is not installed", "seconds": 0.0}
+
+
+def test_an_unknown_part_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        driver.main(["--only", "sanitiser", "--out", str(tmp_path)])
+    assert "memcheck" in capsys.readouterr().err
+
+
+def test_the_plan_names_what_exists(tmp_path):
+    planned = driver.parts(tmp_path)
+    assert len({p.name for p in planned}) == len(planned)
+    for p in planned:
+        for word in map(str, p.command):
+            if word.endswith(".py"):
+                assert (driver.ROOT / word).is_file(), f"{p.name}: {word}"
+
+
+def test_results_belong_to_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "setup.py").write_text("1")
+    monkeypatch.setattr(driver, "ROOT", tmp_path)
+    before = driver.key()
+    assert driver.key() == before
+    (tmp_path / "setup.py").write_text("2")
+    assert driver.key() != before
