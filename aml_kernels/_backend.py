@@ -1,21 +1,41 @@
-"""Which code runs a call: the embedded C++ of the extension where it was built, else plain PyTorch."""
+"""Which code runs a call: the fastest back end for the tensors' device, unless one is asked for."""
 
+import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 try:
     # Registers the C++ kernels of the operators; compiled, so that there is no source to take types from.
-    from . import _C  # type: ignore[attr-defined]  # noqa: F401
+    from . import _C  # type: ignore[attr-defined]
 
     EXTENSION_MISSING = None
+    CUDA_MISSING = None if getattr(_C, "cuda_architectures", tuple)() else (
+        "the extension aml_kernels._C was built without CUDA; `pip install .` builds it in where nvcc is at hand, and "
+        "AML_KERNELS_CUDA=1 makes it fail, saying why, where not"
+    )
 except ImportError as error:
-    EXTENSION_MISSING = (
+    EXTENSION_MISSING = CUDA_MISSING = (
         f"the extension aml_kernels._C could not be loaded ({error}); it is built by `pip install .` where a C++ "
         "compiler is at hand"
     )
 
-BACKENDS = ("reference", "cpu")
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+#: Looked for only: the first call that runs it imports it.
+TRITON_MISSING = None if _installed("triton") else "triton is not installed; `pip install triton`"
+#: Triton's own switch, read by it when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+WITHOUT_FP64 = ("triton", "cuda")
 #: Read once at import; empty means automatic.
 FORCED = os.environ.get("AML_KERNELS_BACKEND") or None
 
@@ -24,21 +44,44 @@ def missing(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run tensors of `device_type`; None if it can."""
     if backend == "cpu":
         return f"it runs CPU tensors, not {device_type}" if device_type != "cpu" else EXTENSION_MISSING
-    return None
+    if backend == "cuda":
+        return f"it runs CUDA tensors, not {device_type}" if device_type != "cuda" else CUDA_MISSING
+    if backend == "triton" and device_type != "cuda":
+        if device_type != "cpu":
+            return f"it runs CUDA tensors, not {device_type}"
+        if not INTERPRETED:
+            return "it runs CPU tensors in Triton's interpreter only: set TRITON_INTERPRET=1 before Python starts"
+    return TRITON_MISSING if backend == "triton" else None
 
 
-def _choose(backend: str | None, device_type: str) -> str:
-    if backend is None:
-        return "cpu" if missing("cpu", device_type) is None else "reference"
-    if backend not in BACKENDS:
-        source = "AML_KERNELS_BACKEND" if backend == FORCED else "backend"
-        raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    reason = missing(backend, device_type)
+def default(device_type: str) -> str:
+    """The fastest back end for tensors of `device_type`."""
+    if device_type == "cuda":
+        return "cuda" if CUDA_MISSING is None else "triton" if TRITON_MISSING is None else "reference"
+    return "cpu" if device_type == "cpu" and EXTENSION_MISSING is None else "reference"
+
+
+def choose(backend: str | None, device: torch.device, **tensors: Tensor | None) -> str:
+    """The back end for tensors on `device`: `backend`, else `AML_KERNELS_BACKEND`, else the fastest there is.
+
+    tensors: the arguments that may be fp64, which only `reference` and `cpu` take.
+    """
+    asked = backend or FORCED
+    chosen = default(device.type) if asked is None else asked
+    if chosen not in BACKENDS:
+        source = "AML_KERNELS_BACKEND" if backend is None else "backend"
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))} or None, got {chosen!r}")
+    reason = missing(chosen, device.type)
     if reason is not None:
-        raise RuntimeError(f"backend {backend!r} was asked for and cannot run: {reason}")
-    return backend
-
-
-def choose(backend: str | None, device: torch.device) -> str:
-    """The back end for tensors on `device`: `backend`, else `AML_KERNELS_BACKEND`, else the fastest there is."""
-    return _choose(backend or FORCED, device.type)
+        raise RuntimeError(f"backend {chosen!r} was asked for and cannot run: {reason}")
+    if chosen in WITHOUT_FP64:
+        for name, tensor in tensors.items():
+            if tensor is None or tensor.dtype != torch.float64:
+                continue
+            if asked is None:
+                return "reference"
+            raise TypeError(
+                f"{name}: expected no fp64 with backend {chosen!r}, which computes in fp32, got float64; pass "
+                f"{name}.float(), or backend='reference'"
+            )
+    return chosen

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backend import choose
-from ._library import define, differentiable
+from ._library import Operator, differentiable
 from .masked_loss import OPTIONS, backward, check_loss, fake_outputs, unpack_stats
 from .reference.quantile import working_type
 from .similarity import check_features, check_words
@@ -60,7 +60,8 @@ def aml_loss(
     if map_valid is not None:
         _checks.shape("map_valid", map_valid, (visual.shape[0], *visual.shape[2:]), "one per cell of visual")
     _checks.same_device(logits=logits, visual=visual)
-    if choose(backend, logits.device) == "reference":
+    chosen = choose(backend, logits.device, logits=logits, target=target, visual=visual, text=text)
+    if chosen == "reference":
         check_words(text_mask)
         loss, stats, similarity = reference.aml_loss(
             logits, target, visual, text, text_mask, normalize=normalize, scale=scale, softmax=softmax,
@@ -70,7 +71,7 @@ def aml_loss(
         )
         return (loss, AMLStats(*stats, similarity)) if return_stats else loss
     loss, sums, counts, similarity = _aml_loss(
-        logits, target, visual.detach(), text.detach(), text_mask, valid, map_valid, normalize, scale, softmax,
+        chosen, logits, target, visual.detach(), text.detach(), text_mask, valid, map_valid, normalize, scale, softmax,
         *options,
     )
     return (loss, AMLStats(*unpack_stats(sums, counts), similarity)) if return_stats else loss
@@ -81,22 +82,18 @@ def _fake(logits, target, visual, *options):
     return *fake_outputs(logits, options[-1]), similarity
 
 
-_forward = define(
+_forward = Operator(
     "aml_loss(Tensor logits, Tensor target, Tensor visual, Tensor text, Tensor? text_mask, Tensor? valid, "
     f"Tensor? map_valid, bool normalize, float scale, bool softmax, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 
 
-def _setup(ctx, arguments, output):
+def _setup(arguments, output):
     logits, target, valid = arguments[0], arguments[1], arguments[5]
     quantile_or_threshold = any(limit is not None for limit in arguments[10:13])
-    ctx.options = arguments[14:]
-    ctx.save_for_backward(logits, target, output[3] if quantile_or_threshold else None, valid, output[1])
+    similarity = output[3] if quantile_or_threshold else None
+    return (logits, target, similarity, valid, output[1]), arguments[14:]
 
 
-def _gradients(ctx, saved, grad):
-    return (backward(grad, *saved, *ctx.options),)
-
-
-_aml_loss = differentiable(_forward, 1, _setup, _gradients)
+_aml_loss = differentiable(_forward, backward, 1, _setup)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backend import choose
-from ._library import define, differentiable, once_only
+from ._library import Operator, differentiable, once_only
 from .reference.masked_loss import MaskedLossStats
 from .reference.quantile import RANK_IN_FP64, working_type
 
@@ -50,7 +50,7 @@ def masked_loss(
         smooth: keeps Dice defined for empty masks; > 0.
         reduction: "mean" or "sum" over samples, or "none" for `[B]`.
         return_stats: also return `MaskedLossStats`, computed in the same pass.
-        backend: "reference" or "cpu"; None chooses.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses.
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits); `(loss, stats)` with `return_stats`. Differentiable once, in
@@ -70,14 +70,16 @@ def masked_loss(
     filtered = quantile is not None or threshold is not None
     if filtered and similarity is None:
         raise ValueError("similarity: expected [B, h, w] where quantile or threshold is given, got None")
-    if choose(backend, logits.device) == "reference":
+    similarity = similarity if filtered else None
+    chosen = choose(backend, logits.device, logits=logits, target=target, similarity=similarity)
+    if chosen == "reference":
         loss, stats = reference.masked_loss(
             logits, target, similarity, quantile=quantile, threshold=threshold, valid=valid, map_valid=map_valid,
             protect_target=protect_target, bce_weight=bce_weight, dice_weight=dice_weight, class_weight=class_weight,
             smooth=smooth, reduction=reduction,
         )
         return (loss, stats) if return_stats else loss
-    loss, sums, counts = _masked_loss(logits, target, similarity if filtered else None, valid, map_valid, *options)
+    loss, sums, counts = _masked_loss(chosen, logits, target, similarity, valid, map_valid, *options)
     return (loss, unpack_stats(sums, counts)) if return_stats else loss
 
 
@@ -118,7 +120,7 @@ def check_loss(
     _checks.number("smooth", smooth, 1e-30)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     return (
-        limits.float() if limits is not None and limits.dtype != torch.float64 else limits,
+        None if limits is None else limits.to(working_type(logits)),
         None if limits is not None else threshold, quantile, RANK_IN_FP64, protect_target, bce_weight, dice_weight,
         negative, positive, smooth, REDUCTIONS.index(reduction),
     )
@@ -159,12 +161,12 @@ def _fake_backward(grad, logits, target, similarity, valid, sums, *options):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-_forward = define(
+_forward = Operator(
     f"masked_loss(Tensor logits, Tensor target, Tensor? similarity, Tensor? valid, Tensor? map_valid, {OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
     _fake,
 )
-backward = define(
+backward = Operator(
     "masked_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor? similarity, Tensor? valid, Tensor sums, "
     "bool protect_target, float bce_weight, float dice_weight, float negative_weight, float positive_weight, "
     "float smooth, int reduction) -> Tensor",
@@ -172,15 +174,10 @@ backward = define(
 )
 
 
-def _setup(ctx, arguments, output):
-    logits, target, similarity, valid, _, _, _, _, _, *ctx.options = arguments
+def _setup(arguments, output):
     # What was kept follows from the similarity map and the threshold in `sums`: nothing else is stored.
-    ctx.save_for_backward(logits, target, similarity, valid, output[1])
+    return (*arguments[:4], output[1]), arguments[9:]
 
 
-def _gradients(ctx, saved, grad):
-    return (backward(grad, *saved, *ctx.options),)
-
-
-_masked_loss = differentiable(_forward, 1, _setup, _gradients)
+_masked_loss = differentiable(_forward, backward, 1, _setup)
 once_only(backward)

@@ -1,11 +1,10 @@
 """sample_quantile: a quantile of each sample, without sorting."""
 
-import torch
 from torch import Tensor
 
 from . import _checks, reference
 from ._backend import choose
-from ._library import define, is_traced
+from ._library import Operator
 from .reference.quantile import RANK_IN_FP64, working_type
 
 INTERPOLATIONS = ("linear", "lower", "higher", "midpoint", "nearest")
@@ -26,7 +25,7 @@ def sample_quantile(
             give NaN.
         valid: bool, the shape of `values`; false = not there.
         interpolation: "linear", "lower", "higher", "midpoint" or "nearest", as in `torch.quantile`.
-        backend: "reference" or "cpu"; None chooses.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses.
 
     Returns:
         `[B]` in fp32 (fp64 for fp64 `values`), without gradient. NaN for a sample with no valid value or with a NaN
@@ -48,23 +47,20 @@ def sample_quantile(
         _checks.shape("valid", valid, values.shape, "that of values")
     _checks.same_device(values=values, q=per_sample, valid=valid)
     _checks.one_of("interpolation", interpolation, INTERPOLATIONS)
-    if choose(backend, values.device) == "reference":
+    chosen = choose(backend, values.device, values=values)
+    if chosen == "reference":
         return reference.sample_quantile(values, q, valid=valid, interpolation=interpolation)
-    arguments = (
-        values, for_all, None if per_sample is None else per_sample.to(working_type(values)), valid,
+    return _quantile(
+        chosen, values, for_all, None if per_sample is None else per_sample.to(working_type(values)), valid,
         INTERPOLATIONS.index(interpolation), RANK_IN_FP64,
     )
-    if is_traced(values):
-        return _quantile(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _quantile(*arguments)
 
 
 def _fake(values, q, q_per_sample, valid, interpolation, rank_in_fp64):
     return values.new_empty(values.shape[:1], dtype=working_type(values))
 
 
-_quantile = define(
+_quantile = Operator(
     "sample_quantile(Tensor values, float q, Tensor? q_per_sample, Tensor? valid, int interpolation, "
     "bool rank_in_fp64) -> Tensor",
     _fake,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backend import choose
-from ._library import define
-from .reference.quantile import RANK_IN_FP64
+from ._library import Operator
+from .reference.quantile import RANK_IN_FP64, working_type
 
 IMAGE_TYPES = (*_checks.FLOAT_TYPES, torch.uint8)
 
@@ -35,7 +35,7 @@ def filter_regions(
         fill: a number or one per channel, in the space of `image` (0 = mean colour after normalisation).
         seed: in [0, 2**64); the same seed drops the same blocks on every back end and device (Philox-4x32-10,
             counter = (block, sample)).
-        backend: "reference" or "cpu"; None chooses.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses.
 
     Returns:
         The filtered image, contiguous, and `[B, ceil(H / block_size), ceil(W / block_size)]` bool, true = dropped.
@@ -69,15 +69,18 @@ def filter_regions(
     limits = threshold if isinstance(threshold, Tensor) else None
     _checks.same_device(image=image, similarity=similarity, protect=protect, threshold=limits)
 
-    if choose(backend, image.device) == "reference":
+    chosen = choose(backend, image.device, image=image, similarity=similarity)
+    if chosen == "reference":
         return reference.filter_regions(
             image, similarity, quantile=quantile, threshold=threshold, drop_ratio=drop_ratio, block_size=block_size,
             protect=protect, fill=torch.tensor(colour, dtype=torch.float64), seed=seed,
         )
     limit = None if limits is not None else threshold
+    limits = None if limits is None else limits.to(working_type(similarity))
     signed = seed - 2**64 if seed >= 2**63 else seed  # operators take int64
     return _filter(
-        image, similarity, protect, limits, limit, quantile, RANK_IN_FP64, drop_ratio, block_size, colour, signed,
+        chosen, image, similarity, protect, limits, limit, quantile, RANK_IN_FP64, drop_ratio, block_size, colour,
+        signed,
     )
 
 
@@ -89,7 +92,7 @@ def _fake(image, similarity, protect, thresholds, threshold, quantile, rank, dro
     )
 
 
-_filter = define(
+_filter = Operator(
     "filter_regions(Tensor image, Tensor similarity, Tensor? protect, Tensor? thresholds, float? threshold, "
     "float? quantile, bool rank_in_fp64, float drop_ratio, int block_size, float[] fill, int seed) "
     "-> (Tensor, Tensor)",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backend import choose
-from ._library import define, differentiable, once_only
+from ._library import Operator, differentiable, once_only
 from .reference.quantile import working_type
 
 
@@ -29,7 +29,7 @@ def pixel_text_similarity(
         scale: factor on the scores, e.g. an inverse temperature.
         softmax: take the softmax over the words before the maximum, as the paper does. It costs signal: the score
             then depends on the other words and on how many there are.
-        backend: "reference" or "cpu"; None chooses.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses.
 
     Returns:
         `[B, h, w]` (`[B, N]` for `visual [B, N, C]`) in fp32 (fp64 for fp64 `visual`). Differentiable once in
@@ -42,12 +42,13 @@ def pixel_text_similarity(
     pixel-text matching; there with random projections in front and `softmax`.
     """
     check_features(visual, text, text_mask, normalize, scale, softmax)
-    if choose(backend, visual.device) == "reference":
+    chosen = choose(backend, visual.device, visual=visual, text=text)
+    if chosen == "reference":
         check_words(text_mask)
         return reference.pixel_text_similarity(
             visual, text, text_mask, normalize=normalize, scale=scale, softmax=softmax,
         )
-    return _similarity(visual, text, text_mask, normalize, scale, softmax)
+    return _similarity(chosen, visual, text, text_mask, normalize, scale, softmax)
 
 
 def check_features(
@@ -88,18 +89,13 @@ def _fake_backward(grad, visual, text, text_mask, normalize, scale, softmax):
 
 
 _OPTIONS = "Tensor visual, Tensor text, Tensor? text_mask, bool normalize, float scale, bool softmax"
-_forward = define(f"pixel_text_similarity({_OPTIONS}) -> Tensor", _fake)
-_backward = define(f"pixel_text_similarity_backward(Tensor grad, {_OPTIONS}) -> (Tensor, Tensor)", _fake_backward)
+_forward = Operator(f"pixel_text_similarity({_OPTIONS}) -> Tensor", _fake)
+_backward = Operator(f"pixel_text_similarity_backward(Tensor grad, {_OPTIONS}) -> (Tensor, Tensor)", _fake_backward)
 
 
-def _setup(ctx, arguments, output):
-    visual, text, text_mask, *ctx.options = arguments
-    ctx.save_for_backward(visual, text, text_mask)
+def _setup(arguments, output):
+    return arguments[:3], arguments[3:]
 
 
-def _gradients(ctx, saved, grad):
-    return _backward(grad, *saved, *ctx.options)
-
-
-_similarity = differentiable(_forward, 2, _setup, _gradients)
+_similarity = differentiable(_forward, _backward, 2, _setup)
 once_only(_backward)
