@@ -1,39 +1,155 @@
-// Similarity of pixels and words. A block works on a tile of cells of one sample: 32 channels at a time pass through
-// shared memory, so that each feature is read from global memory once, whatever the layout and however many words.
+// Similarity of pixels and words. A block takes a tile of 64 cells of one sample and reads its features once, 64 channels
+// at a time, through shared memory; norms and the dot products with up to 32 real words come out of that one reading.
+//
+// Plain multiply-adds rather than tensor cores: with the few real words of a sentence the reading of `visual` is what
+// takes time, fp32 features keep all their bits, and sums are in fp32 and in one order on every device.
 #pragma once
 
 #include "../common/loss.h"
-#include "device.cuh"
+#include "features.cuh"
 
 namespace aml::cuda {
 
-constexpr int kSimilarityThreads = 256;
-constexpr int kTileCells = 128;
-constexpr int kTileChannels = 32;
-constexpr int kTileWords = 32;  // real words compared in one reading of the features
-
-struct SimilarityCall {
-  Plane visual;  // of one channel: rows and columns are those of the grid
-  int64_t channel_stride, channels;
-  Plane text;       // [samples, words, channels]
-  Plane text_mask;  // [samples, 1, words]; may be absent
-  bool normalize, softmax;
-  float scale;
-  int64_t cells() const { return visual.rows * visual.columns; }
-};
+constexpr int kWordGroup = 8;  // a thread multiplies four cells with the words of one group
 
 // Shared memory of a tile.
 struct SimilarityTile {
-  float features[kTileChannels][kTileCells + 4];
-  float words[kTileChannels][kTileWords + 4];
-  float square[kTileCells];
+  alignas(16) float features[kTileChannels][kRow];  // [channel][cell]; in the end [word][cell]: dot products
+  alignas(16) float words[kTileChannels][kTileWords + 4];
+  float square[kTileCells];  // of the features
   float inverse_norm[kTileWords];
-  int32_t index[kTileWords];
+  int32_t index[kTileWords];  // of the real words in `text`
 };
 
-// Writes similarity[first, first + kTileCells) of a sample, up to its last cell. T: type of `visual`. All
-// kSimilarityThreads threads of the block take part. Ends with a barrier of the block.
+// Dot products of a thread's four cells with its eight words, over its share of the channels.
+struct Products {
+  float dot[kWordGroup][4] = {};
+  float square[4] = {};
+
+  // Warps are divided among the groups of words; those of a group, and the halves of a warp, among the channels.
+  __device__ Products(int words) {
+    const int groups = (words + kWordGroup - 1) / kWordGroup, warps = kSimilarityThreads / kWarp / groups;
+    group = threadIdx.x / kWarp % groups;
+    shares = 2 * warps;
+    share = threadIdx.x / kWarp / groups * 2 + threadIdx.x % kWarp / 16;
+    cell = threadIdx.x % 16 * 4;
+  }
+  int group, share, shares, cell;
+
+  __device__ __forceinline__ void add(const SimilarityTile& tile, int channels) {
+    if (share >= shares) return;
+#pragma unroll 2
+    for (int c = share; c < channels; c += shares) {
+      const Pack<float, 4> v = load<4>(&tile.features[c][cell]);
+      const Pack<float, 4> a = load<4>(&tile.words[c][group * kWordGroup]), b = load<4>(&tile.words[c][group * kWordGroup + 4]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          dot[j][k] = multiply_add(a.value[j], v.value[k], dot[j][k]);
+          dot[j + 4][k] = multiply_add(b.value[j], v.value[k], dot[j + 4][k]);
+        }
+      }
+      if (group == 0) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) square[k] = multiply_add(v.value[k], v.value[k], square[k]);
+      }
+    }
+  }
+
+  // The sum of all shares, one after the other: [word][cell] where the features were. Begins and ends with a barrier.
+  __device__ void combine(SimilarityTile& tile) const {
+    for (int turn = 0; turn < shares; ++turn) {
+      __syncthreads();
+      if (turn != share) continue;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < kWordGroup; ++j) {
+          float& sum = tile.features[group * kWordGroup + j][cell + k];
+          sum = turn == 0 ? dot[j][k] : sum + dot[j][k];
+        }
+        if (group == 0) tile.square[cell + k] = turn == 0 ? square[k] : tile.square[cell + k] + square[k];
+      }
+    }
+    __syncthreads();
+  }
+};
+
+// Compares the cells from `first` on with the real words among [first_word, first_word + kTileWords), and returns how
+// many there are. If any: tile.features[word][cell] become dot products; norms and squares are those of their vectors.
 template <class T>
-__device__ void similarity_tile(const SimilarityCall& call, int64_t sample, int64_t first, float* similarity, SimilarityTile& tile);
+__device__ int compare_words(const SimilarityCall& call, int64_t sample, int64_t first, int64_t first_word, SimilarityTile& tile) {
+  const int count = list_words(call, sample, first_word, tile.index);
+  if (count == 0) return 0;
+  FeatureBlock<T> features(call, sample);
+  WordBlock words(call, sample, tile.index, count);
+  Products products(count);
+  features.fetch(first, 0);
+  words.fetch(0);
+  for (int channel = 0; channel < call.channels; channel += kTileChannels) {
+    __syncthreads();  // the block before is done with
+    features.put(tile.features);
+    words.put(tile.words);
+    __syncthreads();
+    if (channel + kTileChannels < call.channels) {
+      features.fetch(first, channel + kTileChannels);
+      words.fetch(channel + kTileChannels);
+    }
+    products.add(tile, min(kTileChannels, call.channels - channel));
+  }
+  words.put_norms(tile.inverse_norm);
+  products.combine(tile);
+  return count;
+}
+
+// 1 / |v|, and 1 where nothing is normalised.
+__device__ __forceinline__ float inverse_norm_of_cell(const SimilarityCall& call, float square) {
+  if (!call.normalize) return 1.0f;
+  return square > kSmallestSquare ? 1.0f / sqrtf(square) : 0.0f;
+}
+
+// Writes similarity[first ...] of a sample for the cells of a tile. All threads of the block take part; `tile` may not be
+// in use before, and may be afterwards.
+template <class T>
+__device__ void similarity_tile(const SimilarityCall& call, int64_t sample, int64_t first, float* similarity, SimilarityTile& tile) {
+  const int64_t cell = first + threadIdx.x;
+  const bool has_cell = threadIdx.x < kTileCells && cell < call.cells();
+  bool any = false;
+  float best = 0, total = 0;  // total: sum of exp(score - best)
+  for (int64_t word = 0; word < call.text.rows; word += kTileWords) {
+    const int count = compare_words<T>(call, sample, first, word, tile);
+    if (has_cell && count > 0) {
+      const float norm = inverse_norm_of_cell(call, tile.square[threadIdx.x]);
+      const float before = best;
+      for (int j = 0; j < count; ++j) {
+        const float unit = call.normalize ? tile.inverse_norm[j] : 1.0f;
+        float& score = tile.features[j][threadIdx.x];
+        score = call.scale * (score * unit * norm);
+        best = (j == 0 && !any) || score > best || score != score ? score : best;
+      }
+      if (call.softmax) {
+        total = any ? total * exp_nonpositive(before - best) : 0.0f;
+        for (int j = 0; j < count; ++j) total += exp_nonpositive(tile.features[j][threadIdx.x] - best);
+      }
+      any = true;
+    }
+    __syncthreads();  // the tile's memory is free again
+  }
+  if (has_cell) similarity[cell] = call.softmax && any ? 1.0f / total : best;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_forward(SimilarityCall call, float* similarity) {
+  AML_SHARED(tile, SimilarityTile);
+  const int64_t tiles = call.tiles(), sample = blockIdx.x / tiles, first = (blockIdx.x - sample * tiles) * kTileCells;
+  similarity_tile<T>(call, sample, first, similarity + sample * call.cells(), tile);
+}
+
+// One launch, no scratch. `similarity`: contiguous [samples, cells].
+template <class T>
+cudaError_t launch_similarity(const SimilarityCall& call, int64_t samples, float* similarity, cudaStream_t stream) {
+  return AML_LAUNCH(dim3(unsigned(samples * call.tiles())), dim3(kSimilarityThreads), 0, stream, similarity_forward<T>, call, similarity);
+}
 
 }  // namespace aml::cuda
