@@ -1,0 +1,473 @@
+// Runs a kernel's blocks, one fibre per CUDA thread, in an order drawn from a seed.
+//
+// A fibre runs until it needs others (a barrier, a shuffle), finishes, or touches an atomic. It then leaves a request
+// and switches to the scheduler, which answers on the caller's stack: no fibre ever runs the emulator's containers,
+// so ThreadSanitizer sees the kernel's own accesses and nothing else.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_types.h"
+#include "fibre.h"
+
+#define EMULATION_HERE std::source_location at = std::source_location::current()
+
+namespace emulation {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// seed 0: threads in reverse order; odd: each warp has a random priority, so that some run far ahead of others;
+// even: a random thread each time. The seed also says how many blocks of an ordinary launch are alive together.
+struct Settings {
+  uint64_t seed = 1;
+};
+inline Settings settings;
+
+struct Shape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  bool cooperative = false;  // all blocks alive together, and they may wait for each other
+};
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kSharedBytes = 163 << 10;  // of a block, on sm_80
+constexpr size_t kRaceDetectorThreads = 6000;                              // gcc 12's TSan has 8128 ids; reused ones hide races
+
+struct alignas(16) Value {
+  char bytes[16];
+};
+
+struct Fibre;
+struct Block;
+
+// Where the members of a group wait for the last one. Two turns: those who leave may still read when others arrive.
+struct Meeting {
+  unsigned mask = 0, turn = 0;
+  std::vector<Fibre*> waiting;
+  std::source_location at;
+  Value values[2][kWarp];     // of a warp, one per lane
+  unsigned count[2] = {0, 0};  // of a block: for how many threads the predicate holds, of how many
+  unsigned arrived[2] = {0, 0};
+  char order[2];               // addresses by which TSan is told what the barrier orders
+};
+
+struct Warp {
+  unsigned live = 0;
+  uint64_t priority = 0;
+  std::deque<Meeting> meetings;
+  struct { unsigned mask; Meeting* meeting; } known[kWarp];  // the same for the fibres, which read plain data only
+  unsigned n_known = 0;
+};
+
+enum class Request { start, done, go_on, spin, warp, block, grid, meeting, shared, trap };
+
+struct Fibre : Context {
+  uint3 index;
+  unsigned lane;
+  Warp* warp;
+  Block* block;
+  uint64_t priority;
+  // The request ...
+  Request request = Request::start;
+  std::source_location at;
+  Value value;
+  unsigned mask;
+  const void* id;
+  size_t bytes;
+  // ... and its answer.
+  Meeting* meeting;
+  unsigned turn;
+  void* memory;
+  // For TSan: a fence came since the last barrier; the atomics that a fence would make this thread see.
+  bool fenced = false;
+  void* touched[8] = {};
+  unsigned n_touched = 0;
+};
+
+struct Block {
+  uint3 index;
+  unsigned rank, live;
+  std::vector<Warp> warps;
+  std::vector<Fibre> fibres;
+  Meeting meeting;
+  struct { const void* id; char* data; size_t bytes; } shared[kWarp];
+  unsigned n_shared = 0;
+  size_t shared_bytes = 0;
+  std::optional<Stacks> stacks;
+  Block() = default;
+  Block(Block&&) = delete;
+  ~Block() { for (unsigned i = 0; i < n_shared; ++i) std::free(shared[i].data); }
+};
+
+class Scheduler {
+ public:
+  // What fibres read.
+  Shape shape;
+  Fibre* self = nullptr;
+  Context host;
+  Meeting grid_meeting;
+  void (*kernel)(void*) = nullptr;
+  void* arguments = nullptr;
+  char begin, end;  // TSan: the launch, and its completion
+
+  EMULATION_HIDDEN uint64_t random() {
+    random_ ^= random_ << 13;
+    random_ ^= random_ >> 7;
+    return random_ ^= random_ << 17;
+  }
+
+  void launch(const Shape& launch_shape, void (*call)(void*), void* call_arguments);
+
+ private:
+  void start_block(unsigned rank);
+  void retire(Block& block);
+  Fibre* next();
+  void make_ready(Fibre& fibre);
+  void answer(Fibre& fibre);
+  void arrive(Meeting& meeting, Fibre& fibre, size_t members);
+  void release_if_complete(Meeting& meeting, size_t members);
+  void finished(Fibre& fibre);
+  void allocate_shared(Fibre& fibre);
+  void fail(const std::string& why, const Fibre& fibre);
+  std::string deadlock() const;
+
+  uint64_t random_ = 1;
+  std::string failure_;
+  std::deque<std::unique_ptr<Block>> blocks_, retired_;
+  std::vector<Fibre*> ready_, spinning_;
+  std::vector<Stacks> free_stacks_;
+  size_t free_stacks_of_ = 0;  // for how many threads each
+  unsigned live_ = 0, fruitless_rounds_ = 0;
+};
+inline Scheduler scheduler;
+
+// ---- On a fibre.
+
+EMULATION_HIDDEN void ask(Request request) {
+  Fibre* fibre = scheduler.self;
+  fibre->request = request;
+  switch_context(*fibre, scheduler.host);
+}
+
+EMULATION_HIDDEN void run_thread() {
+  arrived_from(scheduler.host);
+  scheduler.kernel(scheduler.arguments);
+  EMULATION_TSAN(__tsan_release(&scheduler.end);)
+  ask(Request::done);
+}
+
+EMULATION_HIDDEN Meeting& meeting_of_warp(unsigned mask) {
+  Fibre* fibre = scheduler.self;
+  for (unsigned i = 0; i < fibre->warp->n_known; ++i) {
+    if (fibre->warp->known[i].mask == mask) return *fibre->warp->known[i].meeting;
+  }
+  ask(Request::meeting);
+  return *fibre->meeting;
+}
+
+EMULATION_HIDDEN void wait(Request request, Meeting& meeting, bool orders_memory, std::source_location at) {
+  Fibre* fibre = scheduler.self;
+  fibre->at = at;
+  fibre->meeting = &meeting;
+  EMULATION_TSAN(if (orders_memory) __tsan_release(&meeting.order[meeting.turn]);)
+  ask(request);
+  EMULATION_TSAN(if (orders_memory) __tsan_acquire(&meeting.order[fibre->turn]);)
+  if (orders_memory) fibre->fenced = false;  // what was just seen has to be fenced anew to be passed on
+}
+
+struct Vote {
+  unsigned count, of;
+};
+EMULATION_HIDDEN Vote wait_for_block(bool predicate, std::source_location at) {
+  Fibre* fibre = scheduler.self;
+  fibre->mask = predicate;
+  wait(Request::block, fibre->block->meeting, true, at);
+  return {fibre->meeting->count[fibre->turn], fibre->meeting->arrived[fibre->turn]};
+}
+EMULATION_HIDDEN void wait_for_grid(std::source_location at) {
+  wait(Request::grid, scheduler.grid_meeting, true, at);
+}
+EMULATION_HIDDEN void wait_for_warp(unsigned mask, std::source_location at) {
+  scheduler.self->mask = mask;
+  scheduler.self->at = at;
+  wait(Request::warp, meeting_of_warp(mask), true, at);
+}
+// The values of all lanes in the mask. Orders no memory, as CUDA's shuffles and votes do not.
+template <class T>
+EMULATION_HIDDEN const Value* exchange(unsigned mask, T value, std::source_location at) {
+  static_assert(sizeof(T) <= sizeof(Value));
+  Fibre* fibre = scheduler.self;
+  fibre->mask = mask;
+  fibre->at = at;
+  __builtin_memcpy(fibre->value.bytes, &value, sizeof(T));
+  wait(Request::warp, meeting_of_warp(mask), false, at);
+  return fibre->meeting->values[fibre->turn];
+}
+
+EMULATION_HIDDEN void* shared_memory(const void* id, size_t bytes, std::source_location at) {
+  Fibre* fibre = scheduler.self;
+  const Block& block = *fibre->block;
+  void* found = nullptr;
+  for (unsigned i = 0; i < block.n_shared; ++i) {
+    if (block.shared[i].id == id) found = block.shared[i].data;
+  }
+  if (!found) {
+    fibre->id = id, fibre->bytes = bytes, fibre->at = at;
+    ask(Request::shared);
+    found = fibre->memory;
+  }
+  EMULATION_TSAN(__tsan_acquire(&scheduler.begin);)  // the scheduler filled it
+  return found;
+}
+
+[[noreturn]] EMULATION_HIDDEN void trap(std::source_location at) {
+  scheduler.self->at = at;
+  ask(Request::trap);
+  __builtin_unreachable();
+}
+
+// ---- On the caller's stack.
+
+template <class Function>
+void launch(const Shape& shape, Function&& body) {
+  scheduler.launch(shape, [](void* f) { (*static_cast<std::remove_reference_t<Function>*>(f))(); }, &body);
+}
+
+inline std::string place(const std::source_location& at) {
+  const std::string file = at.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(at.line());
+}
+
+inline std::string name(const Fibre& fibre) {
+  auto tuple = [](uint3 i) {
+    return i.y || i.z ? "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")" : std::to_string(i.x);
+  };
+  return "block " + tuple(fibre.block->index) + " thread " + tuple(fibre.index) + " at " + place(fibre.at);
+}
+
+inline void Scheduler::fail(const std::string& why, const Fibre& fibre) {
+  if (failure_.empty()) failure_ = why + ": " + name(fibre);
+}
+
+inline void Scheduler::make_ready(Fibre& fibre) {
+  fibre.priority = settings.seed == 0 ? fibre.index.x : settings.seed % 2 ? fibre.warp->priority : random();
+  ready_.push_back(&fibre);
+  std::push_heap(ready_.begin(), ready_.end(), [](Fibre* a, Fibre* b) { return a->priority < b->priority; });
+}
+
+// Threads that spin run when nothing else can.
+inline Fibre* Scheduler::next() {
+  if (ready_.empty() && !spinning_.empty()) {
+    if (++fruitless_rounds_ > 1000) fail("endless wait: all that still run only poll", *spinning_.front());
+    for (Fibre* fibre : spinning_) make_ready(*fibre);
+    spinning_.clear();
+  }
+  if (ready_.empty()) return nullptr;
+  std::pop_heap(ready_.begin(), ready_.end(), [](Fibre* a, Fibre* b) { return a->priority < b->priority; });
+  Fibre* fibre = ready_.back();
+  ready_.pop_back();
+  return fibre;
+}
+
+inline void Scheduler::release_if_complete(Meeting& meeting, size_t members) {
+  if (meeting.waiting.empty() || meeting.waiting.size() != members) return;
+  for (Fibre* fibre : meeting.waiting) {
+    fibre->turn = meeting.turn;
+    make_ready(*fibre);
+  }
+  meeting.waiting.clear();
+  meeting.turn ^= 1;
+}
+
+inline void Scheduler::arrive(Meeting& meeting, Fibre& fibre, size_t members) {
+  if (meeting.waiting.empty()) {
+    meeting.at = fibre.at;
+    meeting.count[meeting.turn] = meeting.arrived[meeting.turn] = 0;
+  } else if (meeting.at.line() != fibre.at.line() || std::strcmp(meeting.at.file_name(), fibre.at.file_name())) {
+    return fail("divergent barrier: others wait at " + place(meeting.at), fibre);
+  }
+  meeting.waiting.push_back(&fibre);
+  if (fibre.request == Request::warp) meeting.values[meeting.turn][fibre.lane] = fibre.value;
+  meeting.count[meeting.turn] += fibre.request == Request::block && fibre.mask;
+  ++meeting.arrived[meeting.turn];
+  release_if_complete(meeting, members);
+}
+
+inline void Scheduler::finished(Fibre& fibre) {
+  Block& block = *fibre.block;
+  --live_;
+  --block.live;
+  fibre.warp->live &= ~(1u << fibre.lane);
+  for (const Meeting& meeting : fibre.warp->meetings) {
+    if (!meeting.waiting.empty() && meeting.mask >> fibre.lane & 1) {
+      return fail("a lane finished that is named in the mask others wait with at " + place(meeting.at), fibre);
+    }
+  }
+  release_if_complete(block.meeting, block.live);  // a thread that has finished is not waited for
+  release_if_complete(grid_meeting, live_);
+  if (block.live == 0) retire(block);
+}
+
+inline void Scheduler::allocate_shared(Fibre& fibre) {
+  Block& block = *fibre.block;
+  block.shared_bytes += fibre.bytes;
+  if (block.n_shared == std::size(block.shared)) return fail("more shared arrays than the emulator has room for", fibre);
+  if (block.shared_bytes > kSharedBytes) {
+    return fail(std::to_string(block.shared_bytes) + " bytes of shared memory, a block has " + std::to_string(kSharedBytes), fibre);
+  }
+  void* data;
+  if (posix_memalign(&data, 128, std::max<size_t>(fibre.bytes, 1))) throw std::bad_alloc();
+  std::memset(data, 0xFF, fibre.bytes);  // NaN, or -1
+  block.shared[block.n_shared++] = {fibre.id, static_cast<char*>(data), fibre.bytes};
+  EMULATION_TSAN(__tsan_release(&begin);)
+  fibre.memory = data;
+  make_ready(fibre);
+}
+
+inline void Scheduler::answer(Fibre& fibre) {
+  if (fibre.request != Request::spin && fibre.request != Request::go_on) fruitless_rounds_ = 0;
+  switch (fibre.request) {
+    case Request::done: return finished(fibre);
+    case Request::spin: return spinning_.push_back(&fibre);
+    case Request::block: return arrive(*fibre.meeting, fibre, fibre.block->live);
+    case Request::grid:
+      if (!shape.cooperative) return fail("a barrier of the grid in a launch that is not cooperative", fibre);
+      return arrive(*fibre.meeting, fibre, live_);
+    case Request::meeting: {
+      Warp& warp = *fibre.warp;
+      if (warp.n_known == std::size(warp.known)) return fail("more different masks than the emulator has room for", fibre);
+      Meeting& meeting = warp.meetings.emplace_back();
+      meeting.mask = fibre.mask;
+      warp.known[warp.n_known++] = {fibre.mask, &meeting};
+      fibre.meeting = &meeting;
+      return make_ready(fibre);
+    }
+    case Request::warp:
+      if (!(fibre.mask >> fibre.lane & 1)) return fail("the mask does not name the calling lane", fibre);
+      if (fibre.mask & ~fibre.warp->live) return fail("the mask names a lane that has finished or never was", fibre);
+      return arrive(*fibre.meeting, fibre, static_cast<size_t>(__builtin_popcount(fibre.mask)));
+    case Request::shared: return allocate_shared(fibre);
+    case Request::trap: return fail("trap", fibre);
+    default: return make_ready(fibre);
+  }
+}
+
+inline void Scheduler::start_block(unsigned rank) {
+  const dim3 grid = shape.grid, size = shape.block;
+  const unsigned threads = size.x * size.y * size.z;
+  Block& block = *blocks_.emplace_back(std::make_unique<Block>());
+  block.index = {rank % grid.x, rank / grid.x % grid.y, rank / grid.x / grid.y};
+  block.rank = rank;
+  block.live = threads;
+  live_ += threads;
+  block.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
+  for (Warp& warp : block.warps) warp.priority = random();
+  if (free_stacks_.empty()) {
+    block.stacks.emplace(threads);
+  } else {
+    block.stacks.emplace(std::move(free_stacks_.back()));
+    free_stacks_.pop_back();
+  }
+  block.fibres = std::vector<Fibre>(threads);
+  for (unsigned t = 0; t < threads; ++t) {
+    Fibre& fibre = block.fibres[t];
+    prepare(fibre, block.stacks->stack(t), Stacks::stack_bytes(), run_thread);
+    fibre.index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
+    fibre.lane = t % kWarp;
+    fibre.block = &block;
+    fibre.warp = &block.warps[t / kWarp];
+    fibre.warp->live |= 1u << fibre.lane;
+    EMULATION_TSAN(fibre.race_detector = __tsan_create_fiber(0);)
+    make_ready(fibre);
+  }
+}
+
+// TSan: blocks share no history by which a race between them could seem ordered, so nothing is reused in a launch.
+inline void Scheduler::retire(Block& block) {
+  auto mine = std::find_if(blocks_.begin(), blocks_.end(), [&](auto& other) { return other.get() == &block; });
+  if constexpr (kDetectsRaces) {
+    retired_.push_back(std::move(*mine));
+  } else {
+    free_stacks_.push_back(std::move(*block.stacks));
+  }
+  blocks_.erase(mine);
+}
+
+inline std::string Scheduler::deadlock() const {
+  std::map<std::string, unsigned> where;
+  for (const auto& block : blocks_) {
+    for (const Fibre& fibre : block->fibres) {
+      if (fibre.request == Request::done) continue;
+      ++where["of block " + std::to_string(block->rank) + " at " + place(fibre.at)];
+    }
+  }
+  std::string text = "deadlock: " + std::to_string(live_) + " threads wait for ever";
+  unsigned shown = 0;
+  for (const auto& [at, count] : where) {
+    if (++shown <= 4) text += "; " + std::to_string(count) + " " + at;
+  }
+  return text;
+}
+
+inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), void* call_arguments) {
+  shape = launch_shape;
+  kernel = call;
+  arguments = call_arguments;
+  random_ = (settings.seed + 1) * 0x9E3779B97F4A7C15u;
+  failure_.clear();
+  fruitless_rounds_ = 0;
+  grid_meeting.waiting.clear();
+  const uint64_t blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
+  const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z;
+  if (!blocks || !threads || threads > 1024) {
+    throw Error("launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads: expected at least 1, and at most 1024 threads");
+  }
+  EMULATION_TSAN(if (blocks * threads > kRaceDetectorThreads) {
+    throw Error("launch of " + std::to_string(blocks * threads) + " threads: TSan tells " + std::to_string(kRaceDetectorThreads) + " apart; test with fewer blocks");
+  })
+  if (free_stacks_of_ != threads) free_stacks_.clear();
+  free_stacks_of_ = threads;
+  EMULATION_TSAN(host.race_detector = __tsan_get_current_fiber(); __tsan_release(&begin);)
+
+  std::vector<unsigned> order(blocks);
+  for (unsigned rank = 0; rank < blocks; ++rank) order[rank] = rank;
+  if (settings.seed) {
+    for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+  }
+  const size_t resident = shape.cooperative ? blocks : 1 + settings.seed / 2 % 4;
+  size_t started = 0;
+  while (failure_.empty()) {
+    while (started < blocks && blocks_.size() < resident) start_block(order[started++]);
+    Fibre* fibre = next();
+    if (!fibre || !failure_.empty()) break;
+    self = fibre;
+    switch_context(host, *fibre);
+    self = nullptr;
+    answer(*fibre);
+  }
+  if (live_ && failure_.empty()) failure_ = deadlock();
+
+  EMULATION_TSAN(__tsan_acquire(&end);)
+  for (auto* some : {&blocks_, &retired_}) {
+    EMULATION_TSAN(for (auto& block : *some) for (Fibre& fibre : block->fibres) __tsan_destroy_fiber(fibre.race_detector);)
+    some->clear();
+  }
+  ready_.clear();
+  spinning_.clear();
+  live_ = 0;
+  if (!failure_.empty()) throw Error(failure_);
+}
+
+}  // namespace emulation
