@@ -156,6 +156,20 @@ __device__ __forceinline__ float load_element(const Plane& plane, int64_t sample
                       sample * plane.sample_stride + row * plane.row_stride + column * plane.column_stride);
 }
 
+// Calls f(const T*) with the element type of `data`: one branch for many elements.
+template <class F>
+__device__ __forceinline__ void with_float_type(Type type, const void* data, F f) {
+  switch (type) {
+    case Type::f32: return f(static_cast<const float*>(data));
+    case Type::bf16: return f(static_cast<const bf16*>(data));
+    default: return f(static_cast<const f16*>(data));
+  }
+}
+template <class F>
+__device__ __forceinline__ void with_type(Type type, const void* data, F f) {
+  type == Type::u8 ? f(static_cast<const uint8_t*>(data)) : with_float_type(type, data, f);
+}
+
 // Asks for a 128-byte line to be brought to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* line) {
 #if defined(__CUDA_ARCH__)

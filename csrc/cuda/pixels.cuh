@@ -1,0 +1,150 @@
+// How threads walk over the pixels of masked_loss, forward and backward. A thread works on an item: kColumns columns of
+// the target by some rows, from top to bottom. There are two ways to read pixels: `Direct`, where logits lie at the
+// target's size in packs of 16 bytes beside a packed bool or uint8 target, and `General`, for everything else.
+#pragma once
+
+#include "../common/loss.h"
+#include "resize.cuh"
+
+namespace aml::cuda {
+
+struct PixelCall {
+  Plane logits, target, similarity, valid;  // similarity and valid may be absent
+  int64_t samples;
+  uint32_t rows, columns;  // of the target
+  Axis logit_rows, logit_columns, map_rows, map_columns;
+  bool protect_target;
+  uint32_t items_across, item_rows;  // of a sample: items beside each other, rows of one
+};
+
+template <class Label>
+struct Pixel {
+  float z;
+  Label label;
+  bool is_target, exists, keep;
+};
+
+// The map around the current row: a pixel is similar enough if above + weight * step >= limit.
+template <int kColumns, bool kFloatRows>
+class SimilarColumns {
+ public:
+  __device__ __forceinline__ SimilarColumns(const PixelCall& call, int64_t sample, uint32_t y, uint32_t x)
+      : map_(call.similarity, call.map_rows, call.map_columns, sample, y, x) {
+#pragma unroll
+    for (int k = 0; k < kColumns; ++k) above_[k] = kInfinity, step_[k] = 0;  // without a map all are
+  }
+
+  __device__ __forceinline__ void next_row(const PixelCall& call, float limit) {
+    weight_ = map_.next_row(call.similarity, call.map_rows, [&](int k, float above, float below) {
+      // What interpolate() of common/resize.h gives beyond above + weight * step: never less than the smaller of the
+      // two, and equal ones (infinities too) unchanged. So where both reach the limit, all between them do.
+      const bool both = (above >= limit) & (below >= limit) & ((above == below) | (::fabsf(above) < kInfinity));
+      above_[k] = both ? kInfinity : above;
+      step_[k] = both ? 0.0f : below - above;
+    });
+  }
+
+  __device__ __forceinline__ bool reaches(int k, float limit) const { return above_[k] + weight_ * step_[k] >= limit; }
+
+ private:
+  ResizedColumns<kColumns, kFloatRows> map_;
+  float weight_ = 0;
+  float above_[kColumns], step_[kColumns];
+};
+
+template <class Logit>
+struct Direct {
+  using Label = unsigned;  // the target's byte where it stands in its word of four
+  static constexpr int kColumns = 16 / int(sizeof(Logit));
+  static constexpr int kBatch = 2;  // rows whose loads are on their way at once
+
+  // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y, x).
+  template <class P, class E>
+  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, uint32_t item, float limit, P pixel, E end) {
+    const uint32_t down = item / call.items_across, first = down * call.item_rows;
+    const uint32_t last = min(first + call.item_rows, call.rows);
+    const uint32_t x = (item - down * call.items_across) * kColumns;
+    const Logit* logits = static_cast<const Logit*>(call.logits.data) + sample * call.logits.sample_stride +
+        first * call.logits.row_stride + x;
+    const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride +
+        first * call.target.row_stride + x;
+    SimilarColumns<kColumns, true> similar(call, sample, first, x);
+
+    for (uint32_t y = first; y < last; y += kBatch) {
+      Pack<Logit, kColumns> z[kBatch];
+      Pack<unsigned, kColumns / 4> labels[kBatch];
+#pragma unroll
+      for (int row = 0; row < kBatch; ++row) {
+        if (y + row >= last) break;
+        z[row] = load_input<kColumns>(logits);
+        labels[row] = load_input<kColumns / 4>(reinterpret_cast<const unsigned*>(target));
+        logits += call.logits.row_stride;
+        target += call.target.row_stride;
+      }
+#pragma unroll
+      for (int row = 0; row < kBatch; ++row) {
+        if (y + row >= last) break;
+        similar.next_row(call, limit);
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) {
+          const unsigned label = labels[row].value[k / 4] & 0xFFu << k % 4 * 8;
+          const unsigned spared = call.protect_target ? label : 0;
+          const bool keep = similar.reaches(k, limit) | (spared != 0);
+          pixel(k, Pixel<Label>{to_float(z[row].value[k]), label, label != 0, true, keep});
+        }
+        end(y + row, x);
+      }
+    }
+  }
+};
+
+struct General {
+  using Label = float;
+  static constexpr int kColumns = 4;
+
+  template <class P, class E>
+  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, uint32_t item, float limit, P pixel, E end) {
+    const uint32_t down = item / call.items_across, first = down * call.item_rows;
+    const uint32_t last = min(first + call.item_rows, call.rows);
+    const uint32_t x = (item - down * call.items_across) * kColumns;
+    const int count = int(min(uint32_t(kColumns), call.columns - x));
+    ResizedColumns<kColumns, false> logits(call.logits, call.logit_rows, call.logit_columns, sample, first, x);
+    SimilarColumns<kColumns, false> similar(call, sample, first, x);
+    float above[kColumns], below[kColumns], labels[kColumns], exists[kColumns] = {1, 1, 1, 1};
+
+    for (uint32_t y = first; y < last; ++y) {
+      load_row(call.target, sample, y, x, count, labels);
+      if (call.valid.data) load_row(call.valid, sample, y, x, count, exists);
+      const float weight = logits.next_row(call.logits, call.logit_rows, [&](int k, float first, float second) {
+        above[k] = first, below[k] = second;
+      });
+      similar.next_row(call, limit);
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        const bool there = (exists[k] != 0) & (k < count), is_target = there & (labels[k] > 0.5f);
+        const bool keep = there & (similar.reaches(k, limit) | (call.protect_target & is_target));
+        pixel(k, Pixel<Label>{interpolate(above[k], below[k], weight), labels[k], is_target, there, keep});
+      }
+      end(y, x);
+    }
+  }
+
+ private:
+  // `count` elements of a row from column x on; in one load where they are a word of bytes.
+  static __device__ __forceinline__ void load_row(const Plane& plane, int64_t sample, uint32_t y, uint32_t x, int count,
+                                                  float (&out)[kColumns]) {
+    with_type(plane.type, plane.data, [&](auto* data) {
+      auto* at = data + sample * plane.sample_stride + y * plane.row_stride + x * plane.column_stride;
+      if (sizeof(*at) == 1 && plane.column_stride == 1 && count == kColumns && reinterpret_cast<uintptr_t>(at) % kColumns == 0) {
+        const auto word = load_input<kColumns>(reinterpret_cast<const uint8_t*>(at));
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) out[k] = to_float(word.value[k]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) out[k] = k < count ? to_float(at[k * plane.column_stride]) : 0.0f;
+      }
+    });
+  }
+};
+
+}  // namespace aml::cuda
