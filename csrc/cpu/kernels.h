@@ -68,7 +68,7 @@ struct SimilarityCall {
 template <class T>
 struct SimilarityKernels {
   int64_t (*scratch)(const SimilarityCall<T>&, bool backward);  // elements of T
-  // The sample's real words as unit vectors, [channels][words up to a multiple of 8]; returns how many there are.
+  // The sample's real words as unit vectors, [channels][words up to a multiple of 4]; returns how many there are.
   int64_t (*prepare)(const SimilarityCall<T>&, int64_t sample, T* panel, int32_t* word_index, T* inverse_norm, T* row);
   // Pixels [first, last). `similarity` and `grad` are the sample's.
   void (*forward)(const SimilarityCall<T>&, int64_t sample, const T* panel, int64_t words, int64_t first, int64_t last,

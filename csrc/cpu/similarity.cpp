@@ -43,7 +43,7 @@ template <class T>
 class Words {
  public:
   explicit Words(const SimilarityCall<T>& call)
-      : call_(call), panel_size_((call.words + 7) / 8 * 8 * call.channels), most_(torch::stable::get_num_threads()),
+      : call_(call), panel_size_((call.words + 3) / 4 * 4 * call.channels), most_(torch::stable::get_num_threads()),
         panels_(most_ * panel_size_), index_(most_ * call.words), inverse_norm_(most_ * call.words), count_(most_) {}
 
   // Calls f(first, samples) for one group of samples after the other, their words being ready.

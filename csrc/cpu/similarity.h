@@ -1,5 +1,5 @@
 // The loops of pixel_text_similarity. A tile of pixels is multiplied with all words, 32 channels at a time: vectors run
-// along the pixels, eight words at a time stay in registers, and each feature is read from memory once.
+// along the pixels, eight or four words at a time stay in registers, and each feature is read from memory once.
 #pragma once
 
 #include "rows.h"
@@ -9,10 +9,10 @@ namespace aml::cpu {
 namespace {
 
 constexpr int64_t kChannelBlock = 32;
-constexpr int64_t kWordBlock = 8;
+constexpr int kWordBlock = 8, kLastWordBlock = 4;
 constexpr double kSmallestNorm = 1e-12;  // as in aml_kernels/reference/similarity.py
 
-inline int64_t padded_words(int64_t words) { return (words + kWordBlock - 1) / kWordBlock * kWordBlock; }
+inline int64_t padded_words(int64_t words) { return (words + kLastWordBlock - 1) / kLastWordBlock * kLastWordBlock; }
 
 // Scratch of one tile. Rows of pixels are `tile_pixels` long; the last vector of a sample is padded with zeros.
 template <class T>
@@ -25,13 +25,14 @@ struct Tile {
     features = take(scratch, kChannelBlock * pixels);
     if (!backward) return;
     out = take(scratch, kChannelBlock * pixels);
-    active = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * (pixels / kLanes<T> + 1)));
+    strip_words = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * (pixels / kLanes<T>)));
+    word_strips = reinterpret_cast<int32_t*>(take(scratch, words * (pixels / kLanes<T> + 1)));
   }
   static int64_t elements(const SimilarityCall<T>& call, bool backward) {
     const int64_t words = padded_words(call.words), pixels = call.tile_pixels;
     const int64_t forward = (words + 2 + kChannelBlock) * pixels;
     if (!backward) return forward;
-    return forward + kChannelBlock * pixels + (words + 1) * (pixels / kLanes<T> + 1);
+    return forward + kChannelBlock * pixels + (words + 1) * (pixels / kLanes<T>) + words * (pixels / kLanes<T> + 1);
   }
   static T* take(T*& scratch, int64_t count) {
     T* here = scratch;
@@ -48,7 +49,9 @@ struct Tile {
   T* best;                // [pixels]: the similarity; in the backward the coefficient of the feature itself
   T* features;            // [kChannelBlock][pixels], where they cannot be used in place
   T* out = nullptr;       // [kChannelBlock][pixels]: gradient of the features
-  int32_t* active = nullptr;  // [pixels / lanes + 1][1 + words]: how many and which words a strip has to do with, and the tile
+  // A strip is a vector of pixels. Most strips have to do with few words: how many, and which.
+  int32_t* strip_words = nullptr;  // [strips][1 + words]
+  int32_t* word_strips = nullptr;  // [words][1 + strips], the same seen from the words
 };
 
 inline bool linear(const Plane& grid) { return grid.rows == 1 || grid.row_stride == grid.columns * grid.column_stride; }
@@ -122,18 +125,18 @@ inline const T* block_features(const SimilarityCall<T>& call, int64_t sample, in
   return tile.features;
 }
 
-// A block of channels of kLanes pixels times kWordBlock words; sums of a block are added up apart, which halves the
+// A block of channels of kLanes pixels times N words; sums of a block are added up apart, which halves the
 // digits lost in long sums.
-template <class T>
+template <int N, class T>
 inline void multiply_strip(const T* features, int64_t stride, int64_t channels, const T* words, int64_t word_stride,
                            int64_t prefetch, T* score, int64_t score_stride) {
-  Vector<T> sum[kWordBlock] = {};
+  Vector<T> sum[N] = {};
   for (int64_t c = 0; c < channels; ++c) {
     const Vector<T> v = load(features + c * stride);
     if (prefetch) __builtin_prefetch(features + c * stride + prefetch);
-    for (int64_t j = 0; j < kWordBlock; ++j) sum[j] = multiply_add(v, spread(words[c * word_stride + j]), sum[j]);
+    for (int j = 0; j < N; ++j) sum[j] = multiply_add(v, spread(words[c * word_stride + j]), sum[j]);
   }
-  for (int64_t j = 0; j < kWordBlock; ++j) store(score + j * score_stride, load(score + j * score_stride) + sum[j]);
+  for (int j = 0; j < N; ++j) store(score + j * score_stride, load(score + j * score_stride) + sum[j]);
 }
 
 // Dot products of a tile with all words, and the factor that turns them into cosines (1 if not normalised).
@@ -153,9 +156,12 @@ inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* 
     const bool more = features != tile.features && channel + 2 * kChannelBlock <= call.channels;
     const int64_t prefetch = more ? kChannelBlock * stride : 0;
     for (int64_t i = 0; i < used; i += kLanes<T>) {
-      for (int64_t j = 0; j < padded; j += kWordBlock) {
-        multiply_strip(features + i, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
-                       tile.score + j * pixels + i, pixels);
+      for (int64_t j = 0; j < padded;) {
+        const bool whole = j + kWordBlock <= padded;
+        const auto multiply = whole ? multiply_strip<kWordBlock, T> : multiply_strip<kLastWordBlock, T>;
+        multiply(features + i, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
+                 tile.score + j * pixels + i, pixels);
+        j += whole ? kWordBlock : kLastWordBlock;
       }
       if (!call.normalize) continue;
       Vector<T> square = {};
@@ -231,59 +237,66 @@ inline void tile_coefficients(const SimilarityCall<T>& call, int64_t words, cons
     }
     tile.best[i] = call.normalize ? -along * factor * factor : T(0);
   }
-  // Most strips of pixels have to do with few words; behind their lists, the list of those of the tile.
-  int32_t* anywhere = tile.active + used / lanes * (words + 1);
-  anywhere[0] = 0;
-  for (int64_t i = 0; i < used; i += lanes) tile.active[i / lanes * (words + 1)] = 0;
+  const int64_t strips = used / lanes;
+  for (int64_t strip = 0; strip < strips; ++strip) tile.strip_words[strip * (words + 1)] = 0;
   for (int64_t j = 0; j < words; ++j) {
-    bool in_tile = false;
-    for (int64_t i = 0; i < used; i += lanes) {
-      bool in_strip = false;
-      for (int64_t lane = 0; lane < lanes; ++lane) in_strip |= tile.score[j * pixels + i + lane] != 0;
-      int32_t* active = tile.active + i / lanes * (words + 1);
-      if (in_strip) active[++active[0]] = int32_t(j);
-      in_tile |= in_strip;
+    int32_t* of_word = tile.word_strips + j * (strips + 1);
+    of_word[0] = 0;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      bool any = false;
+      for (int64_t lane = 0; lane < lanes; ++lane) any |= tile.score[j * pixels + strip * lanes + lane] != 0;
+      if (!any) continue;
+      int32_t* of_strip = tile.strip_words + strip * (words + 1);
+      of_strip[++of_strip[0]] = int32_t(j);
+      of_word[++of_word[0]] = int32_t(strip);
     }
-    if (in_tile) anywhere[++anywhere[0]] = int32_t(j);
   }
 }
 
 // out[c] = sum_j coefficient_j word_j[c] + best feature[c], for N channels of a strip of pixels.
 template <int N, class T>
-inline void feature_gradient(const Tile<T>& tile, const int32_t* active, const T* features, int64_t stride, const T* panel,
+inline void feature_gradient(const Tile<T>& tile, const int32_t* words, const T* features, int64_t stride, const T* panel,
                              int64_t padded, T* out, int64_t i) {
   Vector<T> g[N];
   const Vector<T> along = load(tile.best + i);
   for (int c = 0; c < N; ++c) g[c] = along * load(features + c * stride + i);
-  for (int32_t k = 1; k <= active[0]; ++k) {
-    const Vector<T> coefficient = load(tile.score + active[k] * tile.pixels + i);
-    for (int c = 0; c < N; ++c) g[c] = multiply_add(coefficient, spread(panel[c * padded + active[k]]), g[c]);
+  for (int32_t k = 1; k <= words[0]; ++k) {
+    const Vector<T> coefficient = load(tile.score + words[k] * tile.pixels + i);
+    for (int c = 0; c < N; ++c) g[c] = multiply_add(coefficient, spread(panel[c * padded + words[k]]), g[c]);
   }
   for (int c = 0; c < N; ++c) store(out + c * tile.pixels + i, g[c]);
 }
 
 // gradient[c] += sum over the pixels of coefficient times feature[c], for N channels and one word.
 template <int N, class T>
-inline void word_gradient(const T* coefficients, const T* features, int64_t stride, int64_t used, T* gradient) {
+inline void word_gradient(const T* coefficients, const int32_t* strips, const T* features, int64_t stride, T* gradient) {
   Vector<T> sum[N] = {};
-  for (int64_t i = 0; i < used; i += kLanes<T>) {
+  for (int32_t k = 1; k <= strips[0]; ++k) {
+    const int64_t i = strips[k] * kLanes<T>;
     const Vector<T> coefficient = load(coefficients + i);
     for (int c = 0; c < N; ++c) sum[c] = multiply_add(coefficient, load(features + c * stride + i), sum[c]);
   }
-  for (int c = 0; c < N; ++c) gradient[c] += horizontal_sum(sum[c]);
+  if constexpr (N == kLanes<T>) {
+    store(gradient, load(gradient) + sums_of<T>(sum));
+  } else {
+    for (int c = 0; c < N; ++c) gradient[c] += horizontal_sum(sum[c]);
+  }
 }
 
-// Both for N channels of a tile. `out` and `gradient` are those of the first of these channels.
-template <int N, class T>
+// Both for N channels of a tile, M at a time. `out` and `gradient` are those of the first of these channels.
+template <int N, int M, class T>
 inline void channel_gradients(const SimilarityCall<T>& call, const Tile<T>& tile, const T* features, int64_t stride,
                               const T* panel, int64_t words, int64_t used, T* out, T* gradient) {
   const int64_t padded = padded_words(words), strips = used / kLanes<T>;
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    feature_gradient<N>(tile, tile.active + strip * (words + 1), features, stride, panel, padded, out, strip * kLanes<T>);
+  for (int c = 0; c < N; c += M) {
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      feature_gradient<M>(tile, tile.strip_words + strip * (words + 1), features + c * stride, stride, panel + c * padded,
+                          padded, out + c * tile.pixels, strip * kLanes<T>);
+    }
   }
-  const int32_t* anywhere = tile.active + strips * (words + 1);
-  for (int32_t k = 1; k <= anywhere[0]; ++k) {
-    word_gradient<N>(tile.score + anywhere[k] * tile.pixels, features, stride, used, gradient + anywhere[k] * call.channels);
+  for (int64_t j = 0; j < words; ++j) {
+    const int32_t* of_word = tile.word_strips + j * (strips + 1);
+    if (of_word[0]) word_gradient<N>(tile.score + j * tile.pixels, of_word, features, stride, gradient + j * call.channels);
   }
 }
 
@@ -308,11 +321,11 @@ void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T*
         const T* word = panel + (channel + c) * padded;
         T* out = tile.out + c * pixels;
         T* gradient = grad_text + channel + c;
-        if (size - c >= 4) {
-          channel_gradients<4>(call, tile, feature, stride, word, words, used, out, gradient);
-          c += 4;
+        if (size - c >= lanes) {
+          channel_gradients<kLanes<T>, (kLanes<T> < 4 ? kLanes<T> : 4)>(call, tile, feature, stride, word, words, used, out, gradient);
+          c += lanes;
         } else {
-          channel_gradients<1>(call, tile, feature, stride, word, words, used, out, gradient);
+          channel_gradients<1, 1>(call, tile, feature, stride, word, words, used, out, gradient);
           c += 1;
         }
       }
@@ -334,6 +347,18 @@ void similarity_backward(const SimilarityCall<T>& call, int64_t sample, const T*
   }
 }
 
+// <a, b> in fp64, in eight sums that do not wait for each other.
+template <class T>
+inline double dot(const T* a, const T* b, int64_t b_stride, int64_t count) {
+  double sum[8] = {};
+  int64_t c = 0;
+  for (; c + 8 <= count; c += 8) {
+    for (int lane = 0; lane < 8; ++lane) sum[lane] += double(a[c + lane]) * double(b[(c + lane) * b_stride]);
+  }
+  for (; c < count; ++c) sum[0] += double(a[c]) * double(b[c * b_stride]);
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
 // The real words of a sample as unit vectors, [channels][padded words]; returns how many there are.
 template <class T>
 int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* panel, int32_t* word_index, T* inverse_norm,
@@ -349,8 +374,7 @@ int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* pan
   bool poisoned = false;
   for (int64_t k = 0; k < words; ++k) {
     const T* word = read_row(call.text, sample, word_index[k], 0, call.channels, row);
-    double square = 0;
-    for (int64_t c = 0; c < call.channels; ++c) square += double(word[c]) * double(word[c]);
+    const double square = dot(word, word, 1, call.channels);
     const bool direction = !(square <= kSmallestNorm * kSmallestNorm);
     inverse_norm[k] = call.normalize ? (direction ? T(1 / __builtin_sqrt(square)) : T(0)) : T(1);
     for (int64_t c = 0; c < call.channels; ++c) panel[c * padded + k] = word[c] * inverse_norm[k];
@@ -372,9 +396,8 @@ void similarity_finish_text(const SimilarityCall<T>& call, int64_t sample, const
     const bool real = k < words && word_index[k] == j;
     T* out = real ? g : grad_text + words * call.channels;  // one row more than there are words: zeros
     if (real && call.normalize) {
-      double along = 0;
-      for (int64_t c = 0; c < call.channels; ++c) along += double(g[c]) * double(panel[c * padded + k]);
-      for (int64_t c = 0; c < call.channels; ++c) g[c] = inverse_norm[k] * (g[c] - T(along) * panel[c * padded + k]);
+      const T along = T(dot(g, panel + k, padded, call.channels));
+      for (int64_t c = 0; c < call.channels; ++c) g[c] = inverse_norm[k] * (g[c] - along * panel[c * padded + k]);
     }
     write(out, call.channels, gradient, call.text.type, (sample * call.words + j) * call.channels);
     k += real;

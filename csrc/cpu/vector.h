@@ -63,31 +63,55 @@ using Indices = Vector<typename std::conditional<sizeof(T) == 4, int32_t, int64_
 template <class T>
 AML_INLINE Vector<T> pick(Vector<T> v, Indices<T> index) { return __builtin_shuffle(v, index); }
 
-// Transposes a square of kLanes x kLanes elements, by exchanging ever smaller halves.
-template <class T>
-AML_INLINE void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-  constexpr int lanes = kLanes<T>;
-  Vector<T> row[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) row[i] = load(in + i * in_stride);
-#pragma GCC unroll 4
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    Indices<T> low, high;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < lanes; ++lane) {
-      low[lane] = lane & half ? lanes + lane - half : lane;
-      high[lane] = lane & half ? lanes + lane : lane + half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & half) continue;
-      const Vector<T> a = row[i], b = row[i + half];
-      row[i] = __builtin_shuffle(a, b, low);
-      row[i + half] = __builtin_shuffle(a, b, high);
+// For the lanes of a pair (a, b): those without the bit `half` from a and then from b, and those with it. A table, as
+// the compiler would put together vectors of indices lane by lane each time.
+template <class T, int half>
+struct Halves {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  alignas(AML_VECTOR_BYTES) Index low[kLanes<T>] = {}, high[kLanes<T>] = {};
+  constexpr Halves() {
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      low[lane] = (lane & half ? kLanes<T> : 0) + (lane & ~half);
+      high[lane] = low[lane] + half;
     }
   }
+};
+template <class T, int half>
+constexpr Halves<T, half> kHalves{};
+
+// The sums of as many vectors as each has lanes: sum i in lane i. Halves are added until one vector is left.
+template <class T, int half = kLanes<T> / 2>
+AML_INLINE Vector<T> sums_of(Vector<T>* v) {
+  const Indices<T> low = load(kHalves<T, half>.low), high = load(kHalves<T, half>.high);
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
+  if constexpr (half > 1) return sums_of<T, half / 2>(v);
+  return v[0];
+}
+
+// Exchanges ever smaller halves of the rows of a square.
+template <class T, int half = kLanes<T> / 2>
+AML_INLINE void exchange(Vector<T>* row) {
+  const Indices<T> low = load(kHalves<T, half>.low), high = load(kHalves<T, half>.high);
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) store(out + i * out_stride, row[i]);
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & half) continue;
+    const Vector<T> a = row[i], b = row[i + half];
+    row[i] = __builtin_shuffle(a, b, low);
+    row[i + half] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (half > 1) exchange<T, half / 2>(row);
+}
+
+// Transposes a square of kLanes x kLanes elements.
+template <class T>
+AML_INLINE void transpose_square(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+  Vector<T> row[kLanes<T>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) row[i] = load(in + i * in_stride);
+  exchange<T>(row);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) store(out + i * out_stride, row[i]);
 }
 
 }  // namespace
