@@ -118,11 +118,14 @@ AML_INLINE LossGradient<T> loss_gradient(T grad, T weight, T p, T y, T py, const
 
 // The same for several pixels: V is T or lanes of it.
 template <class V, class T>
-AML_INLINE V pixel_gradient(V z, V y, const LossGradient<T>& g, T negative_weight, T weight_step) {
-  const Sigmoid<V> s = sigmoid(z);
+AML_INLINE V pixel_gradient(const Sigmoid<V>& s, V y, const LossGradient<T>& g, T negative_weight, T weight_step) {
   const V slope = s.e * s.reciprocal * s.reciprocal;  // p (1 - p)
   const V weight = multiply_add(V(weight_step), y, V(negative_weight));
   return multiply_add(slope, multiply_add(V(g.dice_py), y, V(g.dice_p)), V(g.bce) * weight * (s.p - y));
+}
+template <class V, class T>
+AML_INLINE V pixel_gradient(V z, V y, const LossGradient<T>& g, T negative_weight, T weight_step) {
+  return pixel_gradient(sigmoid(z), y, g, negative_weight, weight_step);
 }
 
 }  // namespace aml

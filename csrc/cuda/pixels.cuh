@@ -14,7 +14,8 @@ struct PixelCall {
   uint32_t rows, columns;  // of the target
   Axis logit_rows, logit_columns, map_rows, map_columns;
   bool protect_target;
-  uint32_t items_across, item_rows;  // of a sample: items beside each other, rows of one
+  uint32_t items_across, items;  // of a sample: beside each other, and in all
+  uint32_t item_rows;            // of the target, in an item
 };
 
 template <class Label>
@@ -56,6 +57,7 @@ template <class Logit>
 struct Direct {
   using Label = unsigned;  // the target's byte where it stands in its word of four
   static constexpr int kColumns = 16 / int(sizeof(Logit));
+  static constexpr int kBlocksPerProcessor = kColumns == 4 ? 3 : 2;
   static constexpr int kBatch = 2;  // rows whose loads are on their way at once
 
   // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y, x).
@@ -101,6 +103,7 @@ struct Direct {
 struct General {
   using Label = float;
   static constexpr int kColumns = 4;
+  static constexpr int kBlocksPerProcessor = 2;
 
   template <class P, class E>
   static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, uint32_t item, float limit, P pixel, E end) {

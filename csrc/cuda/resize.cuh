@@ -21,6 +21,7 @@ struct Axis {
 };
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t kLongestResizedAxis = (int64_t(1) << 21) - 1;
 
 // Whether everything fits in 32 bits, and weight_of() is exact.

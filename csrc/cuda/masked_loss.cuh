@@ -1,0 +1,289 @@
+// masked_loss on a GPU, forward, in one launch.
+//
+// The image is cut in items, a thread's work, and strips of 32 items, a warp's. Strips are divided among as many blocks
+// as the device runs at once, in one run each, so that a block meets one or two samples, whose thresholds it finds by
+// itself: maps are small, and nobody has to wait. (Long maps are shared: see `team_blocks`.) The sums of each strip go to
+// memory; behind a barrier one block per sample adds them up in order, and the last of these blocks adds the samples.
+//
+// The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
+// before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample: a cluster
+// would tie a sample to the 8 or 16 blocks that one can have, and exists on sm_90 only.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "quantile.cuh"
+#include "sums.cuh"
+
+namespace aml::cuda {
+
+constexpr int kLossThreads = 256, kLossWarps = kLossThreads / kWarp;
+enum Reduction : int { kMean, kSum, kNone };
+enum SumColumn : int { kThreshold, kBce, kDice, kWeight, kP, kY, kPy, kSumColumns };
+enum CountColumn : int { kKept, kKeptTarget, kIntersection, kUnion, kCountColumns };
+
+// From which similarity on a pixel is kept: a quantile of the map, or one number per sample, or one for all.
+struct Limit {
+  bool by_quantile = false, rank_in_fp64 = true;
+  float quantile = 0;
+  Plane map_valid;
+  const float* thresholds = nullptr;
+  int64_t threshold_stride = 0;
+  float threshold = -kInfinity;
+};
+
+struct LossCall : PixelCall {
+  Limit limit;
+  LossOptions<float> options;
+  Reduction reduction;
+  float *loss, *sums;  // [samples] or [1]; [samples, kSumColumns]
+  int64_t* counts;     // [samples, kCountColumns]
+  // Set by divide_loss():
+  int strips;       // of a sample
+  int blocks;       // of the grid
+  int team_blocks;  // how many of them find the threshold of a sample together; 1 where maps are short
+  // Scratch, not initialised:
+  StripSums* strip_sums;  // [samples, strips]
+  TeamCounts* team_counts;
+  float* losses;     // [samples]
+  unsigned* ticket;  // how many blocks have finished their samples
+};
+
+// ---- thresholds
+
+// The blocks that find a sample's threshold together: this one alone, or `blocks` of the grid (all of which do so).
+struct LimitTeam {
+  TeamCounts* total;  // null: alone
+  int rank, blocks;
+
+  __device__ __forceinline__ SeveralBlocks several() const { return {total, rank, blocks}; }
+  __device__ __forceinline__ int64_t first() const { return several().first(); }
+  __device__ __forceinline__ int64_t threads() const { return several().threads(); }
+  __device__ __forceinline__ void merge(Selection& s, int pass) const { total ? several().merge(s, pass) : __syncthreads(); }
+  __device__ __forceinline__ int64_t count(const Selection& s, int pass, int bin) const {
+    return total ? several().count(s, pass, bin) : int64_t(s.bins[bin]);
+  }
+};
+
+// The values of a map of any type, one at a time: less code than SampleValues of three types.
+struct MapValues {
+  const Plane& map;
+  const Plane& valid;
+  int64_t sample;
+
+  template <class F>
+  __device__ __forceinline__ void visit(int64_t first, int64_t threads, F f) const {
+    int64_t y = first / map.columns, x = first - y * map.columns;
+    const int64_t step_y = threads / map.columns, step_x = threads - step_y * map.columns;
+    while (y < map.rows) {
+      if (!valid.data || load_element(valid, sample, y, x) != 0) f(selection_key(load_element(map, sample, y, x)));
+      y += step_y, x += step_x;
+      if (x >= map.columns) x -= map.columns, ++y;
+    }
+  }
+};
+
+template <class Way>
+__device__ __forceinline__ auto map_values(const LossCall& call, int64_t sample) {
+  if constexpr (std::is_same_v<Way, General>) {
+    return MapValues{call.similarity, call.limit.map_valid, sample};
+  } else {
+    return SampleValues<float>(call.similarity, call.limit.map_valid, sample);
+  }
+}
+
+// By all threads of the block; of all blocks where they are teams.
+template <class Way>
+__device__ __forceinline__ float find_limit(const LossCall& call, int64_t sample, Selection& selection) {
+  const Limit& limit = call.limit;
+  if (limit.thresholds) return limit.thresholds[sample * limit.threshold_stride];
+  if (!limit.by_quantile) return limit.threshold;
+  LimitTeam team{nullptr, 0, 1};
+  if (call.team_blocks > 1) {
+    team = {call.team_counts + sample, int(blockIdx.x) % call.team_blocks, call.team_blocks};
+    clear_team_counts(team.several());
+    grid_barrier();
+  }
+  return team_quantile<kLossThreads>(map_values<Way>(call, sample), team, limit.quantile, Interpolation::linear,
+                                     limit.rank_in_fp64, selection);
+}
+
+// ---- sums
+
+// The strips of a block: `strips` of them, from one of a sample on.
+struct StripRun {
+  int sample, strip, strips;
+
+  StripRun() = default;
+  __device__ explicit StripRun(const LossCall& call) {
+    const int64_t all = call.samples * call.strips;
+    const int64_t first = all * blockIdx.x / gridDim.x, last = all * (blockIdx.x + 1) / gridDim.x;
+    sample = int(first / call.strips);
+    strip = int(first - int64_t(sample) * call.strips);
+    strips = int(last - first);
+  }
+  // In this sample.
+  __device__ int end(const LossCall& call) const { return strip + strips < call.strips ? strip + strips : call.strips; }
+  __device__ void next_sample(const LossCall& call) {
+    strips -= end(call) - strip;
+    ++sample, strip = 0;
+  }
+};
+
+// The strips of this block, from their samples' thresholds to their sums in memory.
+template <class Way>
+__device__ __forceinline__ void sum_strips(const LossCall& call, Selection& selection) {
+  // What is left of the block's run: in shared memory, because a selection needs all registers.
+  AML_SHARED(run, StripRun);
+  if (threadIdx.x == 0) run = StripRun(call);
+  __syncthreads();
+  while (run.strips > 0) {
+    const float limit = find_limit<Way>(call, run.sample, selection);
+    const int sample = run.sample, end = run.end(call);
+    if (run.strip == 0 && threadIdx.x == 0) call.sums[int64_t(sample) * kSumColumns + kThreshold] = limit;
+    for (int strip = run.strip + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
+      ItemSums<typename Way::Label> sums;
+      const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
+      if (item < call.items) {
+        Way::walk(call, sample, item, limit, [&](int, const auto& pixel) { sums.add(pixel, call.options); },
+                  [](uint32_t, uint32_t) {});
+      }
+      const StripSums total = warp_sums(sums.total(call.options));
+      if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) run.next_sample(call);
+    __syncthreads();
+  }
+}
+
+// ---- the loss
+
+__device__ void finish_sample(const LossCall& call, int64_t sample) {
+  const SampleSums<float> s = block_sums<kLossThreads>(call.strip_sums + sample * call.strips, call.strips);
+  if (threadIdx.x != 0) return;
+  const SampleLoss<float> result = sample_loss<float>(s, call.options);
+  // A kept target that is no probability: the loss is NaN. Its gradient is 0, which these sums lead to.
+  const bool bad = s.bad_target > 0;
+  float* sums = call.sums + sample * kSumColumns;
+  sums[kBce] = result.bce, sums[kDice] = result.dice, sums[kWeight] = bad ? 0 : s.weight;
+  sums[kP] = bad ? kInfinity : s.p, sums[kY] = bad ? 0 : s.y, sums[kPy] = bad ? 0 : s.py;
+  int64_t* counts = call.counts + sample * kCountColumns;
+  counts[kKept] = s.kept, counts[kKeptTarget] = s.kept_target;
+  counts[kIntersection] = s.intersection, counts[kUnion] = s.union_;
+  (call.reduction == kNone ? call.loss : call.losses)[sample] = bad ? kNaN : result.loss;
+}
+
+__device__ void finish_loss(const LossCall& call) {
+  grid_barrier();
+  if (blockIdx.x >= call.samples) return;
+  for (int64_t sample = blockIdx.x; sample < call.samples; sample += gridDim.x) finish_sample(call, sample);
+  if (call.reduction == kNone) return;
+
+  AML_SHARED(last, bool);
+  if (threadIdx.x == 0) {
+    const unsigned others = unsigned(call.samples < gridDim.x ? call.samples : gridDim.x) - 1;
+    __threadfence();
+    last = atomicAdd(call.ticket, 1u) == others;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  float sum = 0;
+  for (int64_t sample = threadIdx.x; sample < call.samples; sample += kLossThreads) sum += __ldcg(call.losses + sample);
+  sum = block_sum<kLossThreads>(sum);
+  if (threadIdx.x == 0) *call.loss = call.reduction == kMean ? sum / float(call.samples) : sum;
+}
+
+template <class Way>
+__global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked_loss_forward(const __grid_constant__ LossCall call) {
+  AML_SHARED(selection, Selection);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
+  sum_strips<Way>(call, selection);
+  finish_loss(call);
+}
+
+// ---- host
+
+constexpr int64_t kFewestRows = 8, kMostRows = 64;  // of an item: to set one up costs as much as two or three rows
+
+// Cuts the image so that all warps that the device runs have one strip, or as few as possible the same number of them.
+// (The sums of a sample are the same in every bit for the same call on the same device.)
+inline void cut(LossCall& call, int item_columns, int64_t warps) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t across = divide_up(call.columns, item_columns);
+  const int64_t fewest = divide_up(call.rows, kMostRows), most = divide_up(call.rows, kFewestRows);  // items down
+  const int64_t rounds = divide_up(call.samples * divide_up(across * fewest, kWarp), warps);
+  const int64_t down = std::min(std::max(rounds * warps / call.samples * kWarp / across, fewest), most);
+  call.items_across = uint32_t(across);
+  call.item_rows = uint32_t(divide_up(call.rows, down));
+  call.items = uint32_t(across * divide_up(call.rows, call.item_rows));
+  call.strips = int(divide_up(call.items, kWarp));
+}
+
+// Logits packed at the target's size beside a packed target of bytes, a map of packed floats, no `valid`.
+template <class Logit>
+bool is_direct(const PixelCall& call) {
+  constexpr int kColumns = Direct<Logit>::kColumns;
+  const auto packed = [&](const Plane& plane, int64_t bytes) {
+    return plane.column_stride == 1 && reinterpret_cast<uintptr_t>(plane.data) % (kColumns * bytes) == 0 &&
+        plane.row_stride % kColumns == 0 && (call.samples == 1 || plane.sample_stride % kColumns == 0);
+  };
+  return call.logits.rows == call.rows && call.logits.columns == call.columns && call.columns % kColumns == 0 &&
+      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) && !call.valid.data &&
+      (!call.similarity.data || (call.similarity.type == Type::f32 &&
+                                 (call.similarity.column_stride == 1 || call.similarity.columns == 1)));
+}
+
+// Calls f(Way) with the way to read the call's pixels.
+template <class F>
+auto with_way(const PixelCall& call, F f) {
+  if (call.logits.type == Type::f32 && is_direct<float>(call)) return f(Direct<float>());
+  if (call.logits.type == Type::bf16 && is_direct<bf16>(call)) return f(Direct<bf16>());
+  if (call.logits.type == Type::f16 && is_direct<f16>(call)) return f(Direct<f16>());
+  return f(General());
+}
+
+// Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.
+template <class Way>
+int64_t divide_loss(LossCall& call, int resident) {
+  cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
+  call.blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
+  call.team_blocks = 1;
+  const int64_t cells = call.similarity.rows * call.similarity.columns;
+  if (call.limit.by_quantile && cells > kValuesPerBlock && resident >= 2 * call.samples && call.strips > 1) {
+    call.team_blocks = int(std::min<int64_t>(resident / call.samples, call.strips));  // a block then meets one sample
+    call.blocks = int(call.samples) * call.team_blocks;
+  }
+  const int64_t teams = call.team_blocks > 1 ? call.samples : 0;
+  return call.samples * (call.strips * sizeof(StripSums) + sizeof(float)) + teams * sizeof(TeamCounts) + sizeof(unsigned);
+}
+
+inline void use_scratch(LossCall& call, void* scratch) {
+  call.strip_sums = static_cast<StripSums*>(scratch);
+  call.team_counts = reinterpret_cast<TeamCounts*>(call.strip_sums + call.samples * call.strips);
+  call.losses = reinterpret_cast<float*>(call.team_counts + (call.team_blocks > 1 ? call.samples : 0));
+  call.ticket = reinterpret_cast<unsigned*>(call.losses + call.samples);
+}
+
+// Divides the work and returns the bytes of scratch for launch_masked_loss; 0 if the device cannot run the kernel.
+inline int64_t prepare_masked_loss(LossCall& call) {
+  return with_way(call, [&](auto way) -> int64_t {
+    using Way = decltype(way);
+    const int resident = AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_forward<Way>);
+    return resident > 0 ? divide_loss<Way>(call, resident) : 0;
+  });
+}
+
+// One launch. `scratch`: 16-byte aligned, not initialised.
+inline cudaError_t launch_masked_loss(LossCall call, void* scratch, cudaStream_t stream) {
+  use_scratch(call, scratch);
+  return with_way(call, [&](auto way) {
+    return AML_LAUNCH_COOPERATIVE(dim3(unsigned(call.blocks)), dim3(kLossThreads), 0, stream,
+                                  masked_loss_forward<decltype(way)>, call);
+  });
+}
+
+}  // namespace aml::cuda
