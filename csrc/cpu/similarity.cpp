@@ -1,6 +1,8 @@
 // pixel_text_similarity on the CPU: tiles of pixels, divided among the threads.
 #include "similarity_op.h"
 
+#include <atomic>
+
 namespace aml::cpu {
 
 namespace {
@@ -38,62 +40,85 @@ SimilarityCall<T> make_call(const Tensor& visual, const Tensor& text, const Opti
   return call;
 }
 
-// The words of a few samples as unit vectors: of as many as there are threads, so that little memory is in use.
+// The words of a sample as unit vectors, in memory that the caller gives.
 template <class T>
-class Words {
- public:
-  explicit Words(const SimilarityCall<T>& call)
-      : call_(call), panel_size_((call.words + 3) / 4 * 4 * call.channels), most_(torch::stable::get_num_threads()),
-        panels_(most_ * panel_size_), index_(most_ * call.words), inverse_norm_(most_ * call.words), count_(most_) {}
+struct Words {
+  static int64_t elements(const SimilarityCall<T>& call) { return panel_size(call) + call.channels + 2 * call.words; }
 
-  // Calls f(first, samples) for one group of samples after the other, their words being ready.
-  template <class F>
-  void for_each_group(int64_t samples, const F& f) {
-    for (first_ = 0; first_ < samples; first_ += most_) {
-      const int64_t size = std::min(most_, samples - first_);
-      parallel_tasks<T>(size, call_.channels, [&](int64_t i, T* row) {
-        const int64_t b = first_ + i;
-        count_[i] = similarity_kernels<T>().prepare(call_, b, panel(b), index(b), inverse_norm(b), row);
-      });
-      for (int64_t i = 0; i < size; ++i) {
-        if (count_[i] == 0) {
-          throw std::invalid_argument("text_mask: expected at least one real word in every sample, got none in sample " +
-                                      std::to_string(first_ + i));
-        }
-      }
-      f(first_, size);
-    }
+  Words(const SimilarityCall<T>& call, T*& memory)
+      : panel(memory), row(panel + panel_size(call)), inverse_norm(row + call.channels),
+        index(reinterpret_cast<int32_t*>(inverse_norm + call.words)) {
+    memory += elements(call);
   }
 
-  T* panel(int64_t sample) const { return panels_ + (sample - first_) * panel_size_; }
-  int32_t* index(int64_t sample) const { return index_ + (sample - first_) * call_.words; }
-  T* inverse_norm(int64_t sample) const { return inverse_norm_ + (sample - first_) * call_.words; }
-  int64_t count(int64_t sample) const { return count_[sample - first_]; }
-  int64_t most() const { return most_; }
+  // Without a real word there is no similarity; tells which sample that was, for check().
+  bool prepare(const SimilarityCall<T>& call, int64_t sample, std::atomic<int64_t>& wordless) {
+    count = similarity_kernels<T>().prepare(call, sample, panel, index, inverse_norm, row);
+    if (count == 0) wordless = sample;
+    return count > 0;
+  }
+  static void check(const std::atomic<int64_t>& wordless) {
+    if (wordless < 0) return;
+    throw std::invalid_argument("text_mask: expected at least one real word in every sample, got none in sample " +
+                                std::to_string(wordless));
+  }
+
+  T *panel, *row, *inverse_norm;
+  int32_t* index;
+  int64_t count = 0;
 
  private:
-  const SimilarityCall<T>& call_;
-  const int64_t panel_size_, most_;
-  int64_t first_ = 0;
-  Scratch<T> panels_;
-  Scratch<int32_t> index_;
-  Scratch<T> inverse_norm_;
-  Scratch<int64_t> count_;
+  static int64_t panel_size(const SimilarityCall<T>& call) { return (call.words + 3) / 4 * 4 * call.channels; }
 };
+
+// Threads take whole samples where that keeps them busy: one parallel region, and words for each thread alone.
+bool whole_samples(int64_t samples) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return samples % threads == 0 || samples >= 4 * threads;
+}
+
+// Else they take tiles, of as many samples at a time as there are threads, so that little memory is in use:
+// calls f(first, words) for each such group, its words being ready.
+template <class T, class F>
+void for_each_group(const SimilarityCall<T>& call, int64_t samples, const F& f) {
+  const int64_t most = std::min<int64_t>(samples, torch::stable::get_num_threads());
+  Scratch<T> memory(most * Words<T>::elements(call));
+  T* rest = memory;
+  std::vector<Words<T>> words;
+  for (int64_t i = 0; i < most; ++i) words.emplace_back(call, rest);
+  std::atomic<int64_t> wordless(-1);
+  for (int64_t first = 0; first < samples; first += most) {
+    words.resize(std::min(most, samples - first), words[0]);
+    parallel_tasks<T>(words.size(), 0, [&](int64_t i, T*) { words[i].prepare(call, first + i, wordless); });
+    Words<T>::check(wordless);
+    f(first, words);
+  }
+}
 
 template <class T>
 Tensor forward(const Tensor& visual, const SimilarityCall<T>& call) {
-  const int64_t pixels = call.visual.rows * call.visual.columns;
-  Tensor result = visual.dim() == 4 ? empty<T>(visual, {visual.size(0), visual.size(2), visual.size(3)})
-                                    : empty<T>(visual, {visual.size(0), visual.size(1)});
+  const int64_t samples = visual.size(0), pixels = call.visual.rows * call.visual.columns;
+  Tensor result = visual.dim() == 4 ? empty<T>(visual, {samples, visual.size(2), visual.size(3)})
+                                    : empty<T>(visual, {samples, visual.size(1)});
   T* out = result.template mutable_data_ptr<T>();
   const auto& kernel = similarity_kernels<T>();
   const int64_t step = call.tile_pixels, tiles = (pixels + step - 1) / step;
-  Words<T> words(call);
-  words.for_each_group(visual.size(0), [&](int64_t first_sample, int64_t samples) {
-    parallel_tasks<T>(samples * tiles, kernel.scratch(call, false), [&](int64_t i, T* scratch) {
-      const int64_t b = first_sample + i / tiles, first = i % tiles * step;
-      kernel.forward(call, b, words.panel(b), words.count(b), first, std::min(first + step, pixels), out + b * pixels, scratch);
+  const auto tile = [&](int64_t b, int64_t i, const Words<T>& words, T* scratch) {
+    kernel.forward(call, b, words.panel, words.count, i * step, std::min((i + 1) * step, pixels), out + b * pixels, scratch);
+  };
+  if (whole_samples(samples)) {
+    std::atomic<int64_t> wordless(-1);
+    parallel_tasks<T>(samples, kernel.scratch(call, false) + Words<T>::elements(call), [&](int64_t b, T* scratch) {
+      Words<T> words(call, scratch);
+      if (!words.prepare(call, b, wordless)) return;
+      for (int64_t i = 0; i < tiles; ++i) tile(b, i, words, scratch);
+    });
+    Words<T>::check(wordless);
+    return result;
+  }
+  for_each_group(call, samples, [&](int64_t first, const std::vector<Words<T>>& words) {
+    parallel_tasks<T>(words.size() * tiles, kernel.scratch(call, false), [&](int64_t i, T* scratch) {
+      tile(first + i / tiles, i % tiles, words[i / tiles], scratch);
     });
   });
   return result;
@@ -101,8 +126,8 @@ Tensor forward(const Tensor& visual, const SimilarityCall<T>& call) {
 
 template <class T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& visual, const Tensor& text, const SimilarityCall<T>& call) {
-  const int64_t pixels = call.visual.rows * call.visual.columns;
-  require(grad.numel() == visual.size(0) * pixels && grad.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
+  const int64_t samples = visual.size(0), pixels = call.visual.rows * call.visual.columns;
+  require(grad.numel() == samples * pixels && grad.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double),
           "grad: expected the shape and dtype of the similarity");
   const Tensor grad_rows = torch::stable::contiguous(grad);
   const T* grad_in = grad_rows.const_data_ptr<T>();
@@ -110,26 +135,49 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& visual, co
   Tensor grad_text = torch::stable::new_empty(text, text.sizes());
   void *visual_out = grad_visual.mutable_data_ptr(), *text_out = grad_text.mutable_data_ptr();
 
-  // Each task adds up its own share of the words' gradient; the shares are added in order, whoever computed them.
+  // A sample is divided into the same tasks however many threads there are. Each adds up its own share of the words'
+  // gradient, and the shares are added in order, whoever computed them.
   const auto& kernel = similarity_kernels<T>();
   const int64_t step = call.tile_pixels * kTilesPerTask, tasks = (pixels + step - 1) / step;
   const int64_t share = (call.words + 1) * call.channels;
-  Words<T> words(call);
-  Scratch<T> shares(words.most() * tasks * share);
-  words.for_each_group(visual.size(0), [&](int64_t first_sample, int64_t samples) {
-    parallel_tasks<T>(samples * tasks, kernel.scratch(call, true), [&](int64_t i, T* scratch) {
-      const int64_t b = first_sample + i / tasks, first = i % tasks * step;
-      std::fill(shares + i * share, shares + (i + 1) * share, T(0));
-      kernel.backward(call, b, words.panel(b), words.count(b), first, std::min(first + step, pixels), grad_in + b * pixels,
-                      visual_out, shares + i * share, scratch);
-    });
-    parallel_tasks<T>(samples, 0, [&](int64_t i, T*) {
-      const int64_t b = first_sample + i;
-      T* sum = shares + i * tasks * share;
-      for (int64_t task = 1; task < tasks; ++task) {
-        for (int64_t k = 0; k < share; ++k) sum[k] += sum[task * share + k];
+  const auto task = [&](int64_t b, int64_t i, const Words<T>& words, T* gradient, T* scratch) {
+    std::fill(gradient, gradient + share, T(0));
+    kernel.backward(call, b, words.panel, words.count, i * step, std::min((i + 1) * step, pixels), grad_in + b * pixels,
+                    visual_out, gradient, scratch);
+  };
+  const auto add = [&](T* sum, const T* gradient) {
+    for (int64_t k = 0; k < share; ++k) sum[k] += gradient[k];
+  };
+  const auto finish = [&](int64_t b, const Words<T>& words, T* sum) {
+    kernel.finish_text(call, b, words.panel, words.count, words.index, words.inverse_norm, sum, text_out);
+  };
+  if (whole_samples(samples)) {
+    std::atomic<int64_t> wordless(-1);
+    const int64_t shares = tasks > 1 ? 2 * share : share;
+    parallel_tasks<T>(samples, kernel.scratch(call, true) + Words<T>::elements(call) + shares, [&](int64_t b, T* scratch) {
+      Words<T> words(call, scratch);
+      T *sum = scratch, *gradient = scratch + share;
+      scratch += shares;
+      if (!words.prepare(call, b, wordless)) return;
+      task(b, 0, words, sum, scratch);
+      for (int64_t i = 1; i < tasks; ++i) {
+        task(b, i, words, gradient, scratch);
+        add(sum, gradient);
       }
-      kernel.finish_text(call, b, words.panel(b), words.count(b), words.index(b), words.inverse_norm(b), sum, text_out);
+      finish(b, words, sum);
+    });
+    Words<T>::check(wordless);
+    return {grad_visual, grad_text};
+  }
+  Scratch<T> shares(std::min<int64_t>(samples, torch::stable::get_num_threads()) * tasks * share);
+  for_each_group(call, samples, [&](int64_t first, const std::vector<Words<T>>& words) {
+    parallel_tasks<T>(words.size() * tasks, kernel.scratch(call, true), [&](int64_t i, T* scratch) {
+      task(first + i / tasks, i % tasks, words[i / tasks], shares + i * share, scratch);
+    });
+    parallel_tasks<T>(words.size(), 0, [&](int64_t i, T*) {
+      T* sum = shares + i * tasks * share;
+      for (int64_t other = 1; other < tasks; ++other) add(sum, sum + other * share);
+      finish(first + i, words[i], sum);
     });
   });
   return {grad_visual, grad_text};
