@@ -1,9 +1,10 @@
-"""Benchmark of the fused operators: `python benchmarks/bench_fused.py [--quick] [--sweep] [--json PATH]`.
+"""Benchmark of the fused operators: `python benchmarks/bench_fused.py [--device cuda] [--quick] [--json PATH]`.
 
 Side by side in one run, in turn sample by sample: the definition in plain PyTorch (`eager`), the same operation
-written with PyTorch's own functions (`torch`), `torch.compile` of the definition (`compile`), and the operator of
-this package (`cpu`). Before a workload is timed, every provider's results are compared with the definition in fp64
-(or, where there is no gradient and results are exact, with the definition itself).
+written with PyTorch's own functions (`torch`), `torch.compile` of the definition (`compile`), and the operators of
+this package (`cpu`, or on a GPU `triton` and `cuda`). Before a workload is timed, every provider's results are
+compared with the definition in fp64 (or, where there is no gradient and results are exact, with the definition
+itself).
 """
 
 import argparse
@@ -19,6 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or every use of the profiler w
 
 import cases  # noqa: E402
 import measure  # noqa: E402
+import measure_cuda  # noqa: E402
 import overhead  # noqa: E402
 import resident  # noqa: E402
 import tables  # noqa: E402
@@ -42,10 +44,14 @@ class Effort:
 FULL = Effort(seconds=6.0, least=15, passes=slice(None))
 SWEEP = Effort(seconds=2.0, least=7, passes=slice(-1, None))
 QUICK = Effort(seconds=0.5, least=5, passes=slice(-1, None))
+ON_GPU = Effort(seconds=0.4, least=15, passes=slice(None))  # a sample holds 16 calls or more
+
+Meter = measure.CpuMeter | measure_cuda.CudaMeter
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a few workloads and samples, under a minute")
     parser.add_argument("--sweep", action="store_true", help="then batch 1-64 and 224-1024 pixels")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to store the rows")
@@ -54,14 +60,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile misses a GPU
 
-    meter = measure.CpuMeter()
-    effort, workloads = (QUICK, cases.quick) if options.quick else (FULL, cases.standard)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: needs an NVIDIA GPU that PyTorch sees (torch.cuda.is_available() is False)")
+        meter, effort, workloads = measure_cuda.CudaMeter(), ON_GPU, cases.on_gpu
+    else:
+        meter, effort, workloads = measure.CpuMeter(), FULL, cases.standard
+    if options.quick:
+        effort, workloads = QUICK, cases.quick
     plan = [(effort, build) for build in workloads(meter.device)]
     if options.sweep:
         plan += [(SWEEP, build) for build in cases.sweep(meter.device)]
     report = {"provenance": measure.provenance(), "machine": meter.describe(), "rows": [], "overhead": []}
     fused = available(meter)
-    print(tables.heading(report), tables.head(fused), sep="\n\n", flush=True)
+    print(tables.heading(report), tables.head(fused, meter.device), sep="\n\n", flush=True)
     for effort, build in plan:
         for rows in benchmark(build, fused, meter, effort):
             report["rows"] += rows
@@ -74,13 +86,13 @@ def main() -> None:
         calls, rounds = (50, 5) if options.quick else (1000, 15)
         report["overhead"] += overhead.host_overhead(meter.device, backend, calls=calls, rounds=rounds)
     print(tables.overhead(report["overhead"]))
-    if not options.quick:
+    if meter.device == "cpu" and not options.quick:
         add_resident_memory(report["rows"], resident.measured(fused, options.threads))
         print(tables.memory(report["rows"]))
     store(report, options.json)
 
 
-def available(meter: measure.CpuMeter) -> list[str]:
+def available(meter: Meter) -> list[str]:
     """The device's back ends that this installation has; says why one is missing."""
     for backend in meter.fused:
         if (reason := _backend.missing(backend, meter.device)) is not None:
@@ -89,7 +101,7 @@ def available(meter: measure.CpuMeter) -> list[str]:
 
 
 def benchmark(
-    build: Callable[[], cases.Workload], fused: list[str], meter: measure.CpuMeter, effort: Effort,
+    build: Callable[[], cases.Workload], fused: list[str], meter: Meter, effort: Effort,
 ) -> Iterator[list[dict]]:
     """Per pass of the workload, one row for each provider."""
     torch.manual_seed(0)
@@ -103,11 +115,11 @@ def benchmark(
     for name in workload.passes[effort.passes]:
         calls = {who: workload.call(provider, name) for who, provider in providers.items()}
         agreement = check(workload, name, calls)
-        seconds = measure.alternate(calls, meter.sample, seconds=effort.seconds, least=effort.least)
-        memory = {who: meter.extra_memory(call) for who, call in calls.items()}
+        ready = meter.ready(workload, providers, name)
+        seconds = measure.alternate(ready, meter.sample, seconds=effort.seconds, least=effort.least)
         times = {who: measure.percentiles(samples) for who, samples in seconds.items()}
         moved = workload.bytes(name)
-        yield [
+        rows = [
             {
                 "op": workload.op, "case": workload.case, "dtype": workload.dtype, "pass": name, "provider": who,
                 "pixels": workload.pixels, "sweep": workload.sweep,
@@ -115,9 +127,12 @@ def benchmark(
                 "samples": len(seconds[who]),
                 "times_faster_than": {other: times[other][1] / times[who][1] for other in calls if other != who},
                 "bytes": moved, "gb_per_s": moved / times[who][1] / 1e9,
-                "extra_memory_bytes": memory[who], "difference": agreement[who],
             }
             for who in calls
+        ]
+        yield [
+            row | meter.details(calls[row["provider"]], ready[row["provider"]], row)
+            | {"difference": agreement[row["provider"]]} for row in rows
         ]
 
 

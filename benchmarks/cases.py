@@ -260,6 +260,32 @@ def quick(device: str) -> list[Callable[[], Workload]]:
     ]
 
 
+def on_gpu(device: str) -> list[Callable[[], Workload]]:
+    """Batch 32 at 480 x 480, as RIS models are trained. The first rows of either type are those of the goal.
+
+    `torch.compile` takes 10-20 s per graph, so that it is left to these and to one workload of the other operators.
+    """
+    builders = []
+    for dtype in (torch.float32, torch.bfloat16):
+        at, also = {"dtype": dtype, "device": device}, dtype == torch.float32
+        builders += [
+            lambda at=at: masked_loss(32, 480, 480, 15, **at),
+            lambda at=at: aml_loss(32, 480, 480, 15, 1024, **at),
+            lambda at=at: replace(masked_loss(32, 480, 120, 120, **at), compile=False),
+            lambda at=at: replace(aml_loss(32, 480, 120, 120, 256, **at), compile=False),
+            lambda at=at, also=also: replace(similarity(32, 120, 120, 256, **at), compile=also),
+            lambda at=at: replace(similarity(32, 15, 15, 1024, **at), compile=False),
+            lambda at=at, also=also: replace(quantile(32, 480, 480, **at), compile=also),
+            lambda at=at: replace(quantile(32, 15, 15, **at), compile=False),
+            lambda at=at: replace(filter_regions(32, 480, 15, **at), compile=False),
+        ]
+    return [lambda build=build: with_batch(build()) for build in builders]
+
+
+def with_batch(workload: Workload) -> Workload:
+    return replace(workload, case=f"batch {len(workload.inputs[0])}, {workload.case}")
+
+
 def sweep(device: str) -> list[Callable[[], Workload]]:
     """Batch 1-64 at 448 x 448, then 224-1024 pixels at batch 8. Stride 32 to the features, as in a backbone."""
     at = {"dtype": torch.float32, "device": device}
@@ -272,9 +298,4 @@ def sweep(device: str) -> list[Callable[[], Workload]]:
             lambda b=batch, i=image, c=cells: aml_loss(b, i, i // 4, c, 1024, **at),
             lambda b=batch, i=image: quantile(b, i, i, **at),
         ]
-
-    def labelled(build):
-        workload = build()
-        return replace(workload, case=f"batch {len(workload.inputs[0])}, {workload.case}", sweep=True)
-
-    return [lambda build=build: labelled(build) for build in builders]
+    return [lambda build=build: replace(with_batch(build()), sweep=True) for build in builders]

@@ -1,4 +1,4 @@
-"""Time and memory of a call on the CPU. A meter for another device offers the same methods."""
+"""Time and memory of a call on the CPU; `measure_cuda.CudaMeter` offers the same methods for a GPU."""
 
 import gc
 import os
@@ -23,27 +23,19 @@ class CpuMeter:
     device = "cpu"
     fused = ("cpu",)  #: back ends of the operators that run on this device
 
+    def ready(self, workload, providers: dict, name: str) -> dict[str, Call]:
+        """What to sample, for each provider of the workload."""
+        return {who: workload.call(provider, name) for who, provider in providers.items()}
+
     def sample(self, call: Call) -> float:
         """Seconds that one call takes."""
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
 
-    def extra_memory(self, call: Call) -> int:
-        """Peak bytes that PyTorch's allocator handed out during `call`, beyond the tensors that `call` returns.
-
-        From the record of every allocation and release (`torch.profiler`), so it is exact to the byte. Memory that
-        C++ takes by itself is not in it; `resident.growth` sees that.
-        """
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            results = call()
-        changes, pending = [], list(record.profiler.kineto_results.experimental_event_tree())
-        while pending:
-            event = pending.pop()
-            pending += event.children
-            if event.tag == _EventType.Allocation:
-                changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-        return peak_beyond(sorted(changes), {t.untyped_storage().data_ptr() for t in results})
+    def details(self, call: Call, ready: Call, row: dict) -> dict:
+        """What a row tells beside times."""
+        return {"extra_memory_bytes": allocator_peak(call, self.device)}
 
     def copy_bandwidth(self) -> float:
         """Bytes read and written per second by a copy far larger than the caches."""
@@ -57,6 +49,23 @@ class CpuMeter:
             "device": self.device, "name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "load_before": round(os.getloadavg()[0], 2), "copy_gb_per_s": round(self.copy_bandwidth() / 1e9, 2),
         }
+
+
+def allocator_peak(call: Call, device: str) -> int:
+    """Peak bytes that PyTorch's allocator handed out during `call`, beyond the tensors that `call` returns.
+
+    From the record of every allocation and release (`torch.profiler`), so it is exact to the byte. Memory that C++
+    takes by itself is not in it; on the CPU `resident.growth` sees that.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        results = call()
+    changes, pending = [], list(record.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == device:
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return peak_beyond(sorted(changes), {t.untyped_storage().data_ptr() for t in results})
 
 
 def peak_beyond(changes: list[tuple[int, int, int]], returned: set[int]) -> int:

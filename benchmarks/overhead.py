@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MODULES = {"pixel_text_similarity": "similarity", "masked_loss": "masked_loss", "aml_loss": "aml_loss"}
+#: operator: the module that defines it, the operator of its derivative
+DEFINED = {
+    "pixel_text_similarity": ("similarity", "pixel_text_similarity_backward"),
+    "masked_loss": ("masked_loss", "masked_loss_backward"), "aml_loss": ("aml_loss", "masked_loss_backward"),
+}
 
 
 def host_overhead(device: str, backend: str, *, calls: int, rounds: int) -> list[dict]:
@@ -78,15 +82,20 @@ def as_provider(op: Callable) -> cases.Provider:
 
 def python_custom_op(name: str, op: torch._ops.OpOverload) -> Callable:
     """The same operator in the way of PyTorch's tutorial for custom operators in Python."""
-    module = importlib.import_module(f"aml_kernels.{MODULES[name]}")  # its derivative
+    module, derivative = DEFINED[name]
+    store = importlib.import_module(f"aml_kernels.{module}")._setup
+    variant = op.name().partition("::")[2].removeprefix(name)  # "" or "_triton"
+    differentiate = getattr(torch.ops.aml_kernels, derivative + variant)
 
     def setup(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         ctx.arguments = len(inputs)
-        module._setup(ctx, inputs, output)
+        tensors, ctx.options = store(inputs, output)
+        ctx.save_for_backward(*tensors)
 
     def backward(ctx, grad, *_):
-        gradients = module._gradients(ctx, ctx.saved_tensors, grad)
+        gradients = differentiate(grad, *ctx.saved_tensors, *ctx.options)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
         return (*gradients, *(None,) * (ctx.arguments - len(gradients)))
 
     schema = str(op._schema)

@@ -5,24 +5,47 @@ PEERS = ("eager", "torch", "compile")
 
 def heading(report: dict) -> str:
     made, machine = report["provenance"], report["machine"]
-    return (
-        f"{machine['name']}, threads: {machine['threads']} of {machine['cores']} cores, copy bandwidth "
-        f"{machine['copy_gb_per_s']:.1f} GB/s (read + written), load before the run {machine['load_before']:.1f}\n"
-        f"aml_kernels {made['aml_kernels']} at {made['commit']}, PyTorch {made['torch']}, Python {made['python']}, "
-        f"{made['compiler']}, {made['date']}\n\n"
+    on = on_gpu(machine) if machine["device"] == "cuda" else on_cpu(machine)
+    text = (
+        f"{on}\naml_kernels {made['aml_kernels']} at {made['commit']}, PyTorch {made['torch']}, Python "
+        f"{made['python']}, {made['compiler']}, {made['date']}\n\n"
         "Times: p50 [p20, p80] in ms. Batch 8 unless the case says otherwise. MB: each input once, each output once, "
         "per pass; GB/s: that over the median. Extra memory: peak beyond inputs, outputs and gradients. Difference: "
         "relative L2 from the definition."
     )
+    if machine["device"] == "cuda":
+        text += (
+            " Times are the GPU's, of calls in a CUDA graph (* where the call makes the host wait: of eager calls), on "
+            "inputs that are not in the L2 cache. Share: of the bandwidth of a large copy, and of a copy of as many "
+            "bytes. Launches: kernels, copies and fills per call. Host: microseconds until the call returns."
+        )
+    return text
 
 
-def head(fused: list[str]) -> str:
-    best = fused[-1:]
+def on_cpu(machine: dict) -> str:
+    return (
+        f"{machine['name']}, threads: {machine['threads']} of {machine['cores']} cores, copy bandwidth "
+        f"{machine['copy_gb_per_s']:.1f} GB/s (read + written), load before the run {machine['load_before']:.1f}"
+    )
+
+
+def on_gpu(machine: dict) -> str:
+    return (
+        f"{machine['name']}, {machine['processors']} multiprocessors of capability {machine['capability']}, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, L2 cache {machine['l2_bytes'] / 2**20:.0f} MiB, copy bandwidth "
+        f"{machine['copy_gb_per_s']:.0f} GB/s (read + written), driver {machine['driver']}, CUDA {machine['cuda']}, "
+        f"Triton {machine['triton']}"
+    )
+
+
+def head(fused: list[str], device: str) -> str:
+    best, who = fused[-1:], " / ".join([*PEERS, *fused])
     columns = [
         "op", "case", "dtype", "pass", *PEERS, *fused, *(f"{b} faster than {' / '.join(PEERS)}" for b in best), "MB",
-        *(f"{b} GB/s" for b in best), f"extra MB: {' / '.join([*PEERS, *fused])}",
-        f"difference: {' / '.join([*PEERS, *fused])}",
+        *(f"{b} GB/s" for b in best), f"extra MB: {who}", f"difference: {who}",
     ]
+    if device == "cuda":
+        columns += [*(f"{b} share" for b in best), f"launches: {who}", f"host us: {who}"]
     return _line(columns) + "\n" + _line(["---"] * 4 + ["--:"] * (len(columns) - 4))
 
 
@@ -31,14 +54,21 @@ def line(rows: list[dict], fused: list[str]) -> str:
     row = {r["provider"]: r for r in rows}
     who = [*PEERS, *fused]
     best = [row[b] for b in fused[-1:]]
-    return _line([
+    cells = [
         *(rows[0][key] for key in ("op", "case", "dtype", "pass")),
         *(_time(row.get(w)) for w in who),
         *(" / ".join(_ratio(b["times_faster_than"].get(p)) for p in PEERS) for b in best),
         f"{rows[0]['bytes'] / 1e6:.2f}", *(f"{b['gb_per_s']:.1f}" for b in best),
         " / ".join(f"{row[w]['extra_memory_bytes'] / 1e6:.2f}" if w in row else "-" for w in who),
         " / ".join(f"{row[w]['difference']:.0e}" if w in row else "-" for w in who),
-    ])
+    ]
+    if "launches" in rows[0]:
+        cells += [
+            *(f"{b['share_of_copy']:.0%}, {b['share_of_copy_as_large']:.0%}" for b in best),
+            " / ".join(str(row[w]["launches"] or "n/a") if w in row else "-" for w in who),
+            " / ".join(f"{row[w]['host_us']:.0f}" if w in row else "-" for w in who),
+        ]
+    return _line(cells)
 
 
 def linearity(rows: list[dict]) -> str:
@@ -86,11 +116,13 @@ def memory(rows: list[dict]) -> str:
 def _time(row: dict | None) -> str:
     if row is None:
         return "-"
-    return " ".join([_short(row["p50_ms"]), f"[{_short(row['p20_ms'])}, {_short(row['p80_ms'])}]"])
+    mark = "" if row.get("cuda_graph", True) else "*"
+    return " ".join([_short(row["p50_ms"]) + mark, f"[{_short(row['p20_ms'])}, {_short(row['p80_ms'])}]"])
 
 
 def _short(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    places = 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1
+    return f"{value:.{places}f}"
 
 
 def _ratio(value: float | None) -> str:
