@@ -41,8 +41,8 @@ class Effort:
     passes: slice  #: of (forward, forward+backward)
 
 
-FULL = Effort(seconds=6.0, least=15, passes=slice(None))
-SWEEP = Effort(seconds=2.0, least=7, passes=slice(-1, None))
+FULL = Effort(seconds=3.0, least=15, passes=slice(None))
+SWEEP = Effort(seconds=1.5, least=7, passes=slice(-1, None))
 QUICK = Effort(seconds=0.5, least=5, passes=slice(-1, None))
 ON_GPU = Effort(seconds=0.4, least=15, passes=slice(None))  # a sample holds 16 calls or more
 
