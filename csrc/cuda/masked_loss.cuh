@@ -147,8 +147,8 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, Selection& sele
       ItemSums<typename Way::Label> sums;
       const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
       if (item < call.items) {
-        Way::walk(call, sample, item, limit, [&](int, const auto& pixel) { sums.add(pixel, call.options); },
-                  [](uint32_t, uint32_t) {});
+        Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
+                  [&](int, const auto& pixel) { sums.add(pixel, call.options); }, [](uint32_t) {});
       }
       const StripSums total = warp_sums(sums.total(call.options));
       if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
@@ -198,7 +198,7 @@ __device__ void finish_loss(const LossCall& call) {
 }
 
 template <class Way>
-__global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked_loss_forward(const __grid_constant__ LossCall call) {
+__global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked_loss_forward(const LossCall call) {
   AML_SHARED(selection, Selection);
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
   sum_strips<Way>(call, selection);
@@ -209,9 +209,9 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked
 
 constexpr int64_t kFewestRows = 8, kMostRows = 64;  // of an item: to set one up costs as much as two or three rows
 
-// Cuts the image so that all warps that the device runs have one strip, or as few as possible the same number of them.
-// (The sums of a sample are the same in every bit for the same call on the same device.)
-inline void cut(LossCall& call, int item_columns, int64_t warps) {
+// Cuts the image so that all warps that the device runs have one strip, or as few as possible the same number of them;
+// returns the strips of a sample. (So the sums are the same in every bit for the same call on the same device.)
+inline int cut(PixelCall& call, int item_columns, int64_t warps) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t across = divide_up(call.columns, item_columns);
   const int64_t fewest = divide_up(call.rows, kMostRows), most = divide_up(call.rows, kFewestRows);  // items down
@@ -220,7 +220,7 @@ inline void cut(LossCall& call, int item_columns, int64_t warps) {
   call.items_across = uint32_t(across);
   call.item_rows = uint32_t(divide_up(call.rows, down));
   call.items = uint32_t(across * divide_up(call.rows, call.item_rows));
-  call.strips = int(divide_up(call.items, kWarp));
+  return int(divide_up(call.items, kWarp));
 }
 
 // Logits packed at the target's size beside a packed target of bytes, a map of packed floats, no `valid`.
@@ -247,9 +247,11 @@ auto with_way(const PixelCall& call, F f) {
 }
 
 // Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.
+// (None are resident where the device cannot run the kernel; its launch then says why.)
 template <class Way>
 int64_t divide_loss(LossCall& call, int resident) {
-  cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
+  resident = std::max(resident, 1);
+  call.strips = cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
   call.blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
   call.team_blocks = 1;
   const int64_t cells = call.similarity.rows * call.similarity.columns;
@@ -268,12 +270,11 @@ inline void use_scratch(LossCall& call, void* scratch) {
   call.ticket = reinterpret_cast<unsigned*>(call.losses + call.samples);
 }
 
-// Divides the work and returns the bytes of scratch for launch_masked_loss; 0 if the device cannot run the kernel.
+// Divides the work and returns the bytes of scratch that launch_masked_loss needs.
 inline int64_t prepare_masked_loss(LossCall& call) {
-  return with_way(call, [&](auto way) -> int64_t {
+  return with_way(call, [&](auto way) {
     using Way = decltype(way);
-    const int resident = AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_forward<Way>);
-    return resident > 0 ? divide_loss<Way>(call, resident) : 0;
+    return divide_loss<Way>(call, AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_forward<Way>));
   });
 }
 

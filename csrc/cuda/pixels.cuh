@@ -18,6 +18,19 @@ struct PixelCall {
   uint32_t item_rows;            // of the target, in an item
 };
 
+// Rows [first, last) of the target, some columns from x on.
+struct Item {
+  uint32_t first, last, x;
+
+  Item(const Item&) = default;
+  __device__ __forceinline__ Item(uint32_t first, uint32_t last, uint32_t x) : first(first), last(last), x(x) {}
+  __device__ __forceinline__ Item(const PixelCall& call, uint32_t index, int columns) {
+    const uint32_t down = index / call.items_across;
+    first = down * call.item_rows, last = min(first + call.item_rows, call.rows);
+    x = (index - down * call.items_across) * columns;
+  }
+};
+
 template <class Label>
 struct Pixel {
   float z;
@@ -55,29 +68,27 @@ class SimilarColumns {
 
 template <class Logit>
 struct Direct {
+  using Stored = Logit;
   using Label = unsigned;  // the target's byte where it stands in its word of four
   static constexpr int kColumns = 16 / int(sizeof(Logit));
   static constexpr int kBlocksPerProcessor = kColumns == 4 ? 3 : 2;
   static constexpr int kBatch = 2;  // rows whose loads are on their way at once
 
-  // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y, x).
+  // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y).
   template <class P, class E>
-  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, uint32_t item, float limit, P pixel, E end) {
-    const uint32_t down = item / call.items_across, first = down * call.item_rows;
-    const uint32_t last = min(first + call.item_rows, call.rows);
-    const uint32_t x = (item - down * call.items_across) * kColumns;
+  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
     const Logit* logits = static_cast<const Logit*>(call.logits.data) + sample * call.logits.sample_stride +
-        first * call.logits.row_stride + x;
+        item.first * call.logits.row_stride + item.x;
     const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride +
-        first * call.target.row_stride + x;
-    SimilarColumns<kColumns, true> similar(call, sample, first, x);
+        item.first * call.target.row_stride + item.x;
+    SimilarColumns<kColumns, true> similar(call, sample, item.first, item.x);
 
-    for (uint32_t y = first; y < last; y += kBatch) {
+    for (uint32_t y = item.first; y < item.last; y += kBatch) {
       Pack<Logit, kColumns> z[kBatch];
       Pack<unsigned, kColumns / 4> labels[kBatch];
 #pragma unroll
       for (int row = 0; row < kBatch; ++row) {
-        if (y + row >= last) break;
+        if (y + row >= item.last) break;
         z[row] = load_input<kColumns>(logits);
         labels[row] = load_input<kColumns / 4>(reinterpret_cast<const unsigned*>(target));
         logits += call.logits.row_stride;
@@ -85,7 +96,7 @@ struct Direct {
       }
 #pragma unroll
       for (int row = 0; row < kBatch; ++row) {
-        if (y + row >= last) break;
+        if (y + row >= item.last) break;
         similar.next_row(call, limit);
 #pragma unroll
         for (int k = 0; k < kColumns; ++k) {
@@ -94,7 +105,7 @@ struct Direct {
           const bool keep = similar.reaches(k, limit) | (spared != 0);
           pixel(k, Pixel<Label>{to_float(z[row].value[k]), label, label != 0, true, keep});
         }
-        end(y + row, x);
+        end(y + row);
       }
     }
   }
@@ -106,18 +117,15 @@ struct General {
   static constexpr int kBlocksPerProcessor = 2;
 
   template <class P, class E>
-  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, uint32_t item, float limit, P pixel, E end) {
-    const uint32_t down = item / call.items_across, first = down * call.item_rows;
-    const uint32_t last = min(first + call.item_rows, call.rows);
-    const uint32_t x = (item - down * call.items_across) * kColumns;
-    const int count = int(min(uint32_t(kColumns), call.columns - x));
-    ResizedColumns<kColumns, false> logits(call.logits, call.logit_rows, call.logit_columns, sample, first, x);
-    SimilarColumns<kColumns, false> similar(call, sample, first, x);
+  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
+    const int count = item.x < call.columns ? int(min(uint32_t(kColumns), call.columns - item.x)) : 0;
+    ResizedColumns<kColumns, false> logits(call.logits, call.logit_rows, call.logit_columns, sample, item.first, item.x);
+    SimilarColumns<kColumns, false> similar(call, sample, item.first, item.x);
     float above[kColumns], below[kColumns], labels[kColumns], exists[kColumns] = {1, 1, 1, 1};
 
-    for (uint32_t y = first; y < last; ++y) {
-      load_row(call.target, sample, y, x, count, labels);
-      if (call.valid.data) load_row(call.valid, sample, y, x, count, exists);
+    for (uint32_t y = item.first; y < item.last; ++y) {
+      load_row(call.target, sample, y, item.x, count, labels);
+      if (call.valid.data) load_row(call.valid, sample, y, item.x, count, exists);
       const float weight = logits.next_row(call.logits, call.logit_rows, [&](int k, float first, float second) {
         above[k] = first, below[k] = second;
       });
@@ -128,7 +136,7 @@ struct General {
         const bool keep = there & (similar.reaches(k, limit) | (call.protect_target & is_target));
         pixel(k, Pixel<Label>{interpolate(above[k], below[k], weight), labels[k], is_target, there, keep});
       }
-      end(y, x);
+      end(y);
     }
   }
 
