@@ -1,20 +1,23 @@
 """Draw the stored rows of the benchmark: `python benchmarks/plot.py [RESULTS.json] [--output docs/benchmark.png]`.
 
-Time and peak extra memory of each workload and provider, on logarithmic axes; below, where the run had `--sweep`,
+Without arguments the table in README.md is written anew too. Time and peak extra memory of each workload and provider, on logarithmic axes; below, where the run had `--sweep`,
 time against the number of pixels. One opaque light card, readable on light and dark pages.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import matplotlib
+import tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, CHART = ROOT / "benchmarks/results/cpu.json", ROOT / "docs/benchmark.png"
 INK, FAINT, CARD = "#24292f", "#d0d7de", "#ffffff"
 STYLE = {  # provider: (label, colour, marker); the operators of this package last, so that they are on top
     "eager": ("definition, eager", "#8c959f", "o"),
@@ -39,11 +42,17 @@ SHOWN = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks/results/cpu.json")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmark.png")
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--output", type=Path, default=CHART)
     options = parser.parse_args()
-    draw(json.loads(options.results.read_text()), options.output)
+    report = json.loads(options.results.read_text())
+    draw(report, options.output)
     print(options.output)
+    if (options.results, options.output) == (RESULTS, CHART):
+        page = ROOT / "README.md"
+        page.write_text(re.sub(r"^\|[^\n]*`torch\.compile`.*?\n(?!\|)", tables.readme(report) + "\n", page.read_text(),
+                               count=1, flags=re.DOTALL | re.MULTILINE))
+        print(page)
 
 
 def draw(report: dict, output: Path) -> None:

@@ -71,6 +71,36 @@ def line(rows: list[dict], fused: list[str]) -> str:
     return _line(cells)
 
 
+README = {  # the rows of its table: (op, case, pass)
+    "`masked_loss`, logits 448 x 448, map 14 x 14":
+        ("masked_loss", "448x448, logits 448x448, map 14x14", "forward+backward"),
+    "`masked_loss`, logits 112 x 112, map 112 x 112":
+        ("masked_loss", "448x448, logits 112x112, map 112x112", "forward+backward"),
+    "`aml_loss`, logits 112 x 112, features 14 x 14 x 1024":
+        ("aml_loss", "448x448, logits 112x112, features 14x14x1024", "forward+backward"),
+    "`pixel_text_similarity`, 112 x 112 x 256, 20 words":
+        ("pixel_text_similarity", "112x112x256, 20 words", "forward+backward"),
+    "`pixel_text_similarity`, 14 x 14 x 1024, 20 words":
+        ("pixel_text_similarity", "14x14x1024, 20 words", "forward+backward"),
+    "`sample_quantile`, 448 x 448 (forward)": ("sample_quantile", "448x448", "forward"),
+}
+
+
+def readme(report: dict) -> str:
+    """The table in README.md."""
+    lines = [
+        _line(["", "eager", "PyTorch", "`torch.compile`", "fused", "times faster"]), _line(["---"] + ["--:"] * 5),
+    ]
+    for label, key in README.items():
+        row = {
+            r["provider"]: r for r in report["rows"]
+            if (r["op"], r["case"], r["pass"]) == key and r["dtype"] == "float32" and not r["sweep"]
+        }
+        times = (f"{_short(row[who]['p50_ms'])} ms" for who in (*PEERS, "cpu"))
+        lines.append(_line([label, *times, " / ".join(f"{row['cpu']['times_faster_than'][p]:.1f}" for p in PEERS)]))
+    return "\n".join(lines)
+
+
 def linearity(rows: list[dict]) -> str:
     """Nanoseconds per pixel over the sweep, and how far they are from constant."""
     lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest:", ""]

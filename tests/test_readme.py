@@ -1,5 +1,6 @@
 """What README and CONTRIBUTING show works: code runs, commands, targets and variables exist, links lead somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def test_commands_exist():
         shown = [line for line in lines if line.startswith(f"aml {command}")]
         for option in {word for line in shown for word in re.findall(r"--\w+", line)}:
             assert option in run.stdout, f"aml {command} has no {option}"
+
+
+def test_the_table_is_that_of_the_stored_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tables
+
+    report = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    assert tables.readme(report) in (ROOT / "README.md").read_text(), "run benchmarks/plot.py"
 
 
 def test_every_environment_variable_is_in_the_table():
