@@ -1,72 +1,128 @@
-"""`python -m aml_kernels`: what was built, what would run, and a check that it computes the right thing."""
+"""`python -m aml_kernels`: what was built, what would run on which device, and a check of all that can run here."""
 
+import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
 import aml_kernels
 from aml_kernels import _backend
 
+Row = tuple[str, str]  # a subject and what there is to say about it
 
-def describe() -> list[tuple[str, str]]:
-    """Pairs of a subject and what there is to say about it."""
-    rows = [
-        ("aml_kernels", f"{aml_kernels.__version__} in {aml_kernels.__path__[0]}"),
-        ("Python, PyTorch", f"{platform.python_version()}, {torch.__version__}"),
-        ("processor", f"{platform.machine()}, {torch.get_num_threads()} threads"),
-    ]
-    if _backend.EXTENSION_MISSING is None:
-        from aml_kernels import _C  # type: ignore[attr-defined]
-
-        rows.append(("extension", f"CPU kernels for {_C.instruction_set()}"))
-    else:
-        rows.append(("extension", f"missing: {_backend.EXTENSION_MISSING}"))
-    rows.append(("operators", ", ".join(n for n in aml_kernels.__all__ if n.islower())))
-    for backend in _backend.BACKENDS:
-        reason = _backend.missing(backend, "cpu")
-        rows.append((f"back end {backend!r}", "runs CPU tensors" if reason is None else f"cannot run: {reason}"))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    rows.append(("GPUs", ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) or "none"))
-    forced = f" (forced by AML_KERNELS_BACKEND={_backend.FORCED})" if _backend.FORCED else ""
-    for device in ["cpu", *(["cuda"] if gpus else [])]:
-        try:
-            chosen = _backend.choose(None, torch.device(device))
-        except (RuntimeError, ValueError) as error:
-            chosen = f"nothing: {error}"
-        rows.append((f"{device} tensors run", chosen + forced))
-    return rows
-
-
-def self_check() -> str | None:
-    """Compare loss and gradient of the automatic back end with the definition; None if they agree."""
-    torch.manual_seed(0)
-    logits, target = torch.randn(2, 28, 28, requires_grad=True), torch.rand(2, 56, 56) > 0.7
-    visual, text = torch.randn(2, 32, 7, 7), torch.randn(2, 5, 32)
-    results = []
-    for backend in (None, "reference"):
-        loss, stats = aml_kernels.aml_loss(
-            logits, target, visual, text, quantile=0.25, return_stats=True, backend=backend,
-        )
-        (gradient,) = torch.autograd.grad(loss, logits)
-        results.append((loss.detach(), gradient, stats.kept))
-    for name, ours, expected in zip(("loss", "gradient", "kept pixels"), *results, strict=True):
-        if not torch.allclose(ours.double(), expected.double(), rtol=1e-5, atol=1e-7):
-            return f"{name}: got {ours.flatten()[:4].tolist()}, expected {expected.flatten()[:4].tolist()}"
-    return None
+MADE_FOR = {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")}
 
 
 def main() -> int:
-    rows = describe()
-    width = max(len(subject) for subject, _ in rows)
-    for subject, text in rows:
-        print(f"{subject:<{width}}  {text}")
+    found = gpus()
+    for subject, text in [*installed(), *devices(found)]:
+        print(f"{subject:<20}  {text}", flush=True)
+    failed = 0
+    for backend, device in [(b, d) for d in (("cpu", "cuda") if found else ("cpu",)) for b in _backend.BACKENDS]:
+        if _backend.missing(backend, device) is None:
+            problem = self_check(backend, device)
+            failed += problem is not None
+            said = "passed" if problem is None else f"FAILED: {problem}"
+            print(f"{'self-check':<20}  {backend} on {device.upper()} tensors: {said}", flush=True)
+    return int(failed > 0)
+
+
+def installed() -> list[Row]:
+    rows = [
+        ("aml_kernels", f"{aml_kernels.__version__} in {aml_kernels.__path__[0]}"),
+        ("operators", ", ".join(name for name in aml_kernels.__all__ if name.islower())),
+        ("Python, PyTorch", f"{platform.python_version()}, {torch.__version__}"),
+        ("processor", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+    if _backend.EXTENSION_MISSING is not None:
+        rows.append(("extension", f"missing: {_backend.EXTENSION_MISSING}"))
+    else:
+        rows.append(("CPU kernels", f"for {_backend._C.instruction_set()}"))
+        built = architectures()
+        rows.append(("CUDA kernels", f"for {', '.join(built)}" if built else f"none: {_backend.CUDA_MISSING}"))
+    rows.append(("Triton", _backend.TRITON_MISSING or importlib.metadata.version("triton")))
+    return rows
+
+
+def devices(gpus: Sequence[Row]) -> list[Row]:
+    """The GPUs; for each kind of tensor what runs it, and why other back ends would not."""
+    rows = list(gpus) or [("GPU", "none that PyTorch sees")]
+    for device in MADE_FOR:
+        kind = f"{device.upper()} tensors"
+        try:
+            chosen = _backend.choose(None, torch.device(device))
+        except (RuntimeError, ValueError) as error:
+            rows.append((kind, f"nothing runs: {error}"))
+        else:
+            forced = f" (AML_KERNELS_BACKEND={_backend.FORCED})" if _backend.FORCED else ""
+            rows.append((kind, f"run on {chosen!r}{forced}" if device == "cpu" or gpus else f"would run on {chosen!r}"))
+        for backend in MADE_FOR[device]:
+            if (reason := _backend.missing(backend, device)) is not None:
+                rows.append(("", f"not on {backend!r}: {reason}"))
+    return rows
+
+
+def gpus() -> list[Row]:
+    """Name and capability of each GPU, and whether the CUDA kernels that were built run on it."""
+    rows = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        capability = torch.cuda.get_device_capability(index)
+        text = f"{torch.cuda.get_device_name(index)}, capability {capability[0]}.{capability[1]}"
+        if architectures() and not runs_on(architectures(), capability):
+            text += "; the CUDA kernels were built for others: set TORCH_CUDA_ARCH_LIST and install again"
+        rows.append((f"GPU {index}", text))
+    return rows
+
+
+def architectures() -> tuple[str, ...]:
+    """What the CUDA kernels were built for, as in TORCH_CUDA_ARCH_LIST."""
+    return getattr(_backend._C, "cuda_architectures", tuple)() if _backend.EXTENSION_MISSING is None else ()
+
+
+def runs_on(built: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Machine code runs on later minor versions of its major version; PTX on every later GPU."""
+    for name in built:
+        major, minor = map(int, name.removesuffix("+PTX").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (
+            name.endswith("+PTX") and (major, minor) <= capability
+        ):
+            return True
+    return False
+
+
+def self_check(backend: str, device: str) -> str | None:
+    """Compare map, loss, gradient and kept pixels with the definition on the CPU: None, or how they differ.
+
+    What follows from a map is compared for the same map: one rounded otherwise may keep another pixel.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 28, 28, generator=generator)
+    target = torch.rand(2, 56, 56, generator=generator) > 0.7
+    visual, text = (torch.randn(shape, generator=generator) for shape in ((2, 32, 7, 7), (2, 5, 32)))
+    options: dict = {"quantile": 0.25, "return_stats": True}
+
+    def run(function, leaf, *others, backend):
+        leaf = leaf.detach().requires_grad_()
+        loss, stats = function(leaf, *others, **options, backend=backend)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0], stats
+
     try:
-        problem = self_check()
-    except (RuntimeError, ValueError) as error:
-        problem = str(error)
-    print(f"{'self-check':<{width}}  {'passed' if problem is None else 'FAILED: ' + problem}")
-    return 0 if problem is None else 1
+        given = [x.to(device) for x in (logits, target, visual, text)]
+        loss, gradient, stats = run(aml_kernels.aml_loss, *given, backend=backend)
+        found = [x.cpu().double() for x in (stats.similarity, loss, gradient, stats.kept)]
+    except Exception as error:  # whatever it is, it belongs into the report
+        return f"{type(error).__name__}: {error}"
+    similarity = aml_kernels.pixel_text_similarity(visual, text, backend="reference")
+    loss, gradient, stats = run(
+        aml_kernels.masked_loss, logits, target, found[0].float(), backend="reference",
+    )
+    expected = [x.double() for x in (similarity, loss, gradient, stats.kept)]
+    for what, a, b in zip(("similarity", "loss", "gradient", "kept pixels"), found, expected, strict=True):
+        if not torch.allclose(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item()):
+            return f"{what}: got {a.flatten()[:4].tolist()}, expected {b.flatten()[:4].tolist()}"
+    return None
 
 
 if __name__ == "__main__":
