@@ -3,7 +3,7 @@
 
 #include "../common/philox.h"
 #define AML_VECTOR_BYTES 16  // compiled for any processor
-#include "resized_plane.h"
+#include "resize.h"
 #include "tensors.h"
 
 namespace aml::cpu {
