@@ -19,32 +19,45 @@ enum class Reading : int { cells, channels, single };
 
 struct SimilarityCall {
   Plane visual;  // of one channel: rows and columns are those of the grid
-  int64_t channel_stride;
-  int channels;
-  Reading reading;
+  int64_t channel_stride, channel_count;
   Plane text;       // [samples, words, channels]
   Plane text_mask;  // [samples, 1, words]; may be absent
   bool normalize, softmax;
   float scale;
 
-  __host__ __device__ int64_t cells() const { return visual.rows * visual.columns; }
-  __host__ __device__ int64_t tiles() const { return (cells() + kTileCells - 1) / kTileCells; }
-  __device__ bool is_word(int64_t sample, int64_t word) const {
-    if (word >= text.rows) return false;
+  // Set by prepare().
+  int channels, words, columns, cells, tiles;
+  Reading reading;
+  bool linear;  // cells are column_stride apart, also from one row to the next
+
+  // False if a sample has more cells, words or channels than an int counts.
+  bool prepare() {
+    constexpr int64_t most = (int64_t(1) << 31) - 2 * kTileCells;
+    if (visual.rows * visual.columns > most || text.rows > most || channel_count > most) return false;
+    channels = int(channel_count), words = int(text.rows), columns = int(visual.columns);
+    cells = int(visual.rows * visual.columns);
+    tiles = (cells + kTileCells - 1) / kTileCells;
+    linear = visual.rows == 1 || visual.row_stride == visual.columns * visual.column_stride;
+    reading = widest_reading();
+    return true;
+  }
+
+  __device__ bool is_word(int64_t sample, int word) const {
+    if (word >= words) return false;
     return !text_mask.data || static_cast<const uint8_t*>(text_mask.data)[sample * text_mask.sample_stride + word * text_mask.column_stride];
   }
-};
 
-// The widest reading that strides, sizes and alignment allow.
-inline Reading reading_of(const SimilarityCall& call) {
-  const Plane& v = call.visual;
-  const int64_t width = v.type == Type::f32 ? 4 : 8;
-  if (reinterpret_cast<uintptr_t>(v.data) % 16 || v.sample_stride % width) return Reading::single;
-  const bool linear = v.rows == 1 || v.row_stride == v.columns * v.column_stride;
-  if (linear && v.column_stride == 1 && call.channel_stride % width == 0 && call.cells() % width == 0) return Reading::cells;
-  const bool aligned = v.column_stride % width == 0 && v.row_stride % width == 0 && call.channels % width == 0;
-  return call.channel_stride == 1 && aligned ? Reading::channels : Reading::single;
-}
+ private:
+  // That strides, sizes and alignment allow.
+  Reading widest_reading() const {
+    const int64_t width = visual.type == Type::f32 ? 4 : 8;
+    const bool aligned = reinterpret_cast<uintptr_t>(visual.data) % 16 == 0 && visual.sample_stride % width == 0;
+    if (!aligned || !linear) return Reading::single;
+    if (visual.column_stride == 1 && channel_stride % width == 0 && cells % width == 0) return Reading::cells;
+    if (channel_stride == 1 && visual.column_stride % width == 0 && channels % width == 0) return Reading::channels;
+    return Reading::single;
+  }
+};
 
 // A block of features.
 template <class T>
@@ -54,26 +67,31 @@ class FeatureBlock {
       : call_(call), data_(static_cast<const T*>(call.visual.data) + sample * call.visual.sample_stride) {}
 
   // Cells from `first` on, channels from `channel` on; zero where there are none.
-  __device__ __forceinline__ void fetch(int64_t first, int channel) {
+  __device__ __forceinline__ void fetch(int first, int channel) {
+    const bool along_cells = call_.reading == Reading::cells, single = call_.reading == Reading::single;
+    const int cell = first + (single ? single_cell() : along_cells ? packed() : other(0));
+    const int c = channel + (single ? single_channel(0) : along_cells ? other(0) : packed());
+    const bool inside = cell < call_.cells && c < call_.channels;
+    const T* from = data_ + (inside ? offset_of(cell) + c * call_.channel_stride : 0);
+    if (single) {
+      const int left = inside ? call_.channels - c : 0;
+      const int64_t step = kSingleStep * call_.channel_stride;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (call_.reading == Reading::single) {
-        const int64_t cell = first + threadIdx.x % kTileCells;
-        const int64_t offset = cell < call_.cells() ? offset_of(cell) : 0;
+      for (int i = 0; i < kPacks; ++i) {
+        Pack<T> pack;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          const int c = channel + single_channel(i * kWidth + e);
-          pack_[i].value[e] = cell < call_.cells() && c < call_.channels ? data_[offset + c * call_.channel_stride] : from_float<T>(0);
+          const int at = i * kWidth + e;
+          pack.value[e] = at * kSingleStep < left ? from[at * step] : from_float<T>(0);
         }
-      } else {
-        const bool along_cells = call_.reading == Reading::cells;
-        const int64_t cell = first + (along_cells ? packed() : other(i));
-        const int c = channel + (along_cells ? other(i) : packed());
-        pack_[i] = Pack<T>{};
-        if (cell < call_.cells() && c < call_.channels) {
-          const int64_t offset = along_cells ? cell : offset_of(cell);
-          pack_[i] = load_input<kWidth>(data_ + offset + c * call_.channel_stride);
-        }
+        raw_[i] = bit_cast<Raw>(pack);
+      }
+    } else {
+      const int left = inside ? (along_cells ? call_.channels - c : call_.cells - cell) : 0;
+      const int64_t step = kStep * (along_cells ? call_.channel_stride : call_.visual.column_stride);
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        raw_[i] = i * kStep < left ? __ldg(reinterpret_cast<const Raw*>(from + i * step)) : Raw{};
       }
     }
   }
@@ -81,22 +99,23 @@ class FeatureBlock {
   __device__ __forceinline__ void put(float (&features)[kTileChannels][kRow]) const {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
+      const Pack<T> pack = bit_cast<Pack<T>>(raw_[i]);
       if (call_.reading == Reading::cells) {
 #pragma unroll
         for (int e = 0; e < kWidth; e += 4) {
           Pack<float, 4> four;
 #pragma unroll
-          for (int k = 0; k < 4; ++k) four.value[k] = to_float(pack_[i].value[e + k]);
+          for (int k = 0; k < 4; ++k) four.value[k] = to_float(pack.value[e + k]);
           store<4>(&features[other(i)][packed() + e], four);
         }
       } else {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          const float value = to_float(pack_[i].value[e]);
+          const float value = to_float(pack.value[e]);
           if (call_.reading == Reading::channels) {
             features[packed() + e][other(i)] = value;
           } else {
-            features[single_channel(i * kWidth + e)][threadIdx.x % kTileCells] = value;
+            features[single_channel(i * kWidth + e)][single_cell()] = value;
           }
         }
       }
@@ -105,29 +124,35 @@ class FeatureBlock {
 
  private:
   static constexpr int kWidth = 16 / int(sizeof(T));
+  using Raw = Word<T, kWidth>;
   static constexpr int kPacks = kTileCells * kTileChannels / kSimilarityThreads / kWidth;
   static constexpr int kPacksAcross = kTileCells / kWidth;
   static_assert(kTileCells == kTileChannels, "a pack lies along either");
 
-  __device__ int64_t offset_of(int64_t cell) const {
-    const int64_t y = cell / call_.visual.columns, x = cell - y * call_.visual.columns;
+  __device__ int64_t offset_of(int cell) const {
+    if (call_.linear) return cell * call_.visual.column_stride;
+    const int y = int(unsigned(cell) / unsigned(call_.columns)), x = cell - y * call_.columns;
     return y * call_.visual.row_stride + x * call_.visual.column_stride;
   }
-  // Along the packed axis and along the other one.
+  // Where pack i of a thread lies in the block, along the packed axis and along the other one.
+  static constexpr int kStep = kSimilarityThreads / kPacksAcross;
   static __device__ int packed() { return threadIdx.x % kPacksAcross * kWidth; }
-  static __device__ int other(int i) { return threadIdx.x / kPacksAcross + i * (kSimilarityThreads / kPacksAcross); }
-  static __device__ int single_channel(int i) { return threadIdx.x / kTileCells + i * (kSimilarityThreads / kTileCells); }
+  static __device__ int other(int i) { return threadIdx.x / kPacksAcross + i * kStep; }
+  // The same for single features.
+  static constexpr int kSingleStep = kSimilarityThreads / kTileCells;
+  static __device__ int single_cell() { return threadIdx.x % kTileCells; }
+  static __device__ int single_channel(int i) { return threadIdx.x / kTileCells + i * kSingleStep; }
 
   const SimilarityCall& call_;
   const T* data_;
-  Pack<T> pack_[kPacks];
+  Raw raw_[kPacks];  // as they lie in memory: converting, or taking apart, would wait for the load
 };
 
 // Lists the real words among [first, first + kTileWords) and returns how many there are. Ends with a barrier.
-__device__ inline int list_words(const SimilarityCall& call, int64_t sample, int64_t first, int32_t (&index)[kTileWords]) {
+__device__ inline int list_words(const SimilarityCall& call, int64_t sample, int first, int32_t (&index)[kTileWords]) {
   const int lane = threadIdx.x % kWarp;
   const unsigned real = __ballot_sync(kAllLanes, call.is_word(sample, first + lane));
-  if (threadIdx.x < kWarp && (real >> lane & 1)) index[__popc(real & ((1u << lane) - 1))] = int32_t(first) + lane;
+  if (threadIdx.x < kWarp && (real >> lane & 1)) index[__popc(real & ((1u << lane) - 1))] = first + lane;
   __syncthreads();
   return __popc(real);
 }
@@ -136,17 +161,18 @@ __device__ inline int list_words(const SimilarityCall& call, int64_t sample, int
 class WordBlock {
  public:
   __device__ WordBlock(const SimilarityCall& call, int64_t sample, const int32_t* index, int count)
-      : call_(call), sample_(sample), index_(index), count_(count) {}
+      : call_(call), index_(index), count_(count), sample_(sample * call.text.sample_stride) {}
 
   __device__ __forceinline__ void fetch(int channel) {
+    const int c = channel + threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
+      if (i * kWarps >= count_) break;
       const bool real = word(i) < count_;
-      const int64_t offset = sample_ * call_.text.sample_stride + (real ? index_[word(i)] : 0) * call_.text.row_stride;
+      const int64_t offset = real ? index_[word(i)] * call_.text.row_stride + c * call_.text.column_stride : 0;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int c = channel + threadIdx.x % kWarp + k * kWarp;
-        bits_[i][k] = real && c < call_.channels ? load_bits(offset + c * call_.text.column_stride) : 0;
+        bits_[i][k] = real && c + k * kWarp < call_.channels ? load_bits(offset + k * kWarp * call_.text.column_stride) : 0;
       }
     }
   }
@@ -154,6 +180,7 @@ class WordBlock {
   __device__ __forceinline__ void put(float (&words)[kTileChannels][kTileWords + 4]) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
+      if (i * kWarps >= count_) break;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const float value = from_bits(bits_[i][k]);
@@ -172,13 +199,13 @@ class WordBlock {
   }
 
  private:
-  static constexpr int kOwn = kTileWords / (kSimilarityThreads / kWarp);  // words of a warp
+  static constexpr int kWarps = kSimilarityThreads / kWarp, kOwn = kTileWords / kWarps;  // words of a warp
 
-  static __device__ int word(int i) { return threadIdx.x / kWarp + i * (kSimilarityThreads / kWarp); }
+  static __device__ int word(int i) { return threadIdx.x / kWarp + i * kWarps; }
   // As they lie in memory: converting would wait for the load.
   __device__ uint32_t load_bits(int64_t offset) const {
-    return call_.text.type == Type::f32 ? static_cast<const uint32_t*>(call_.text.data)[offset]
-                                        : static_cast<const uint16_t*>(call_.text.data)[offset];
+    return call_.text.type == Type::f32 ? static_cast<const uint32_t*>(call_.text.data)[sample_ + offset]
+                                        : static_cast<const uint16_t*>(call_.text.data)[sample_ + offset];
   }
   __device__ float from_bits(uint32_t bits) const {
     switch (call_.text.type) {
@@ -189,9 +216,9 @@ class WordBlock {
   }
 
   const SimilarityCall& call_;
-  const int64_t sample_;
   const int32_t* index_;
   const int count_;
+  const int64_t sample_;  // its place in memory
   uint32_t bits_[kOwn][2];
   float square_[kOwn] = {};
 };

@@ -79,7 +79,7 @@ struct Products {
 // Compares the cells from `first` on with the real words among [first_word, first_word + kTileWords), and returns how
 // many there are. If any: tile.features[word][cell] become dot products; norms and squares are those of their vectors.
 template <class T>
-__device__ int compare_words(const SimilarityCall& call, int64_t sample, int64_t first, int64_t first_word, SimilarityTile& tile) {
+__device__ int compare_words(const SimilarityCall& call, int64_t sample, int first, int first_word, SimilarityTile& tile) {
   const int count = list_words(call, sample, first_word, tile.index);
   if (count == 0) return 0;
   FeatureBlock<T> features(call, sample);
@@ -109,47 +109,56 @@ __device__ __forceinline__ float inverse_norm_of_cell(const SimilarityCall& call
   return square > kSmallestSquare ? 1.0f / sqrtf(square) : 0.0f;
 }
 
+// What the words seen so far are to one cell.
+struct BestWord {
+  int32_t word = -1;                     // the most similar one; -1: there was no word
+  float dot = 0, score = 0, total = 0;  // its product as a unit vector, its score; sum of exp(score of a word - score)
+
+  static __device__ float score_of(const SimilarityCall& call, float dot, float norm) { return call.scale * (dot * norm); }
+
+  // The words that were compared last; their unit vectors' products stay in the tile.
+  __device__ void update(const SimilarityCall& call, SimilarityTile& tile, int count, float norm) {
+    const float before = score;
+    const bool any = word >= 0;
+    for (int j = 0; j < count; ++j) {
+      float& product = tile.features[j][threadIdx.x];
+      if (call.normalize) product *= tile.inverse_norm[j];
+      const float other = score_of(call, product, norm);
+      if (word < 0 || other > score || other != other) word = tile.index[j], dot = product, score = other;
+    }
+    if (!call.softmax) return;
+    total = any ? total * exp_nonpositive(before - score) : 0.0f;
+    for (int j = 0; j < count; ++j) total += exp_nonpositive(score_of(call, tile.features[j][threadIdx.x], norm) - score);
+  }
+};
+
 // Writes similarity[first ...] of a sample for the cells of a tile. All threads of the block take part; `tile` may not be
 // in use before, and may be afterwards.
 template <class T>
-__device__ void similarity_tile(const SimilarityCall& call, int64_t sample, int64_t first, float* similarity, SimilarityTile& tile) {
-  const int64_t cell = first + threadIdx.x;
-  const bool has_cell = threadIdx.x < kTileCells && cell < call.cells();
-  bool any = false;
-  float best = 0, total = 0;  // total: sum of exp(score - best)
-  for (int64_t word = 0; word < call.text.rows; word += kTileWords) {
+__device__ void similarity_tile(const SimilarityCall& call, int64_t sample, int first, float* similarity, SimilarityTile& tile) {
+  const int cell = first + int(threadIdx.x);
+  const bool has_cell = threadIdx.x < kTileCells && cell < call.cells;
+  BestWord best;
+  for (int word = 0; word < call.words; word += kTileWords) {
     const int count = compare_words<T>(call, sample, first, word, tile);
-    if (has_cell && count > 0) {
-      const float norm = inverse_norm_of_cell(call, tile.square[threadIdx.x]);
-      const float before = best;
-      for (int j = 0; j < count; ++j) {
-        const float unit = call.normalize ? tile.inverse_norm[j] : 1.0f;
-        float& score = tile.features[j][threadIdx.x];
-        score = call.scale * (score * unit * norm);
-        best = (j == 0 && !any) || score > best || score != score ? score : best;
-      }
-      if (call.softmax) {
-        total = any ? total * exp_nonpositive(before - best) : 0.0f;
-        for (int j = 0; j < count; ++j) total += exp_nonpositive(tile.features[j][threadIdx.x] - best);
-      }
-      any = true;
-    }
+    if (has_cell && count > 0) best.update(call, tile, count, inverse_norm_of_cell(call, tile.square[threadIdx.x]));
     __syncthreads();  // the tile's memory is free again
   }
-  if (has_cell) similarity[cell] = call.softmax && any ? 1.0f / total : best;
+  if (has_cell) similarity[cell] = call.softmax && best.word >= 0 ? 1.0f / best.total : best.score;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_forward(SimilarityCall call, float* similarity) {
   AML_SHARED(tile, SimilarityTile);
-  const int64_t tiles = call.tiles(), sample = blockIdx.x / tiles, first = (blockIdx.x - sample * tiles) * kTileCells;
-  similarity_tile<T>(call, sample, first, similarity + sample * call.cells(), tile);
+  const int64_t sample = int(blockIdx.x) / call.tiles;
+  const int first = int(blockIdx.x) % call.tiles * kTileCells;
+  similarity_tile<T>(call, sample, first, similarity + sample * call.cells, tile);
 }
 
 // One launch, no scratch. `similarity`: contiguous [samples, cells].
 template <class T>
 cudaError_t launch_similarity(const SimilarityCall& call, int64_t samples, float* similarity, cudaStream_t stream) {
-  return AML_LAUNCH(dim3(unsigned(samples * call.tiles())), dim3(kSimilarityThreads), 0, stream, similarity_forward<T>, call, similarity);
+  return AML_LAUNCH(dim3(unsigned(samples * call.tiles)), dim3(kSimilarityThreads), 0, stream, similarity_forward<T>, call, similarity);
 }
 
 }  // namespace aml::cuda
