@@ -12,11 +12,12 @@ one that is not yet there. Nothing is unpickled but tensors (`weights_only=True`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,19 +70,14 @@ def save(
     final = folder / f"step-{step:08d}"
     if problem(final):
         shutil.rmtree(final, ignore_errors=True)
-        temporary = final.with_name(final.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _save_module(model, temporary / "model.safetensors")
-        _save_module(aligner, temporary / "aligner.safetensors")
-        torch.save(optimizer, temporary / "optimizer.pt")
-        for rank, values in enumerate(ranks):
-            torch.save(values, temporary / f"rng-rank{rank}.pt")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        (temporary / "config.yaml").write_text(config, encoding="utf-8")
-        _seal(temporary)
-        os.rename(temporary, final)
-        _flush(folder)
+        with written_whole(final) as temporary:
+            save_module(model, temporary / "model.safetensors")
+            save_module(aligner, temporary / "aligner.safetensors")
+            torch.save(optimizer, temporary / "optimizer.pt")
+            for rank, values in enumerate(ranks):
+                torch.save(values, temporary / f"rng-rank{rank}.pt")
+            (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            (temporary / "config.yaml").write_text(config, encoding="utf-8")
     _point(folder, "last", final.name)
     if best_step is not None:
         _point(folder, "best", f"step-{best_step:08d}")
@@ -89,7 +85,19 @@ def save(
     return final
 
 
-def _save_module(module: nn.Module, path: Path) -> None:
+@contextlib.contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """A folder to write files into, which becomes `final`, complete, at the end of the block, or does not appear."""
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    _seal(temporary)
+    os.rename(temporary, final)
+    _flush(final.parent)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
     names = list(module.state_dict())
     if any("_orig_mod." in name or name.startswith("module.") for name in names):
         raise CheckpointError("save the module itself, not the wrapper of torch.compile or DDP around it")

@@ -1,4 +1,4 @@
-"""The command `aml`: train, eval, predict, demo.
+"""The command `aml`: train, eval, predict, convert, demo.
 
 Imports of torch and its kin stand inside the commands, so that help and mistakes in settings show at once.
 Exit codes: 0 done, 1 the run failed, 2 a mistake of the user's, 128 + n stopped by signal n.
@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--out", metavar="DIR", default=".", help="folder of mask and overlay; default: here"
     )
+
+    convert = command(
+        "convert", _convert, "Convert a released CARIS or AMLRIS checkpoint; nothing in the file is run.", True
+    )
+    convert.usage = "aml convert CHECKPOINT.pth --out DIR [section.name=value ...]"
+    convert.add_argument("file", metavar="CHECKPOINT.pth")
+    convert.add_argument("--out", metavar="DIR", required=True, help="new folder, for eval and predict --checkpoint")
 
     demo = command("demo", _demo, "Train and compare the strategies on rendered scenes; writes report.html.")
     demo.add_argument("--out", metavar="DIR", default="runs/demo", help="default: runs/demo")
@@ -262,6 +269,13 @@ def _predict(options: argparse.Namespace) -> int:
     predict.save_mask(paths[0], mask)
     predict.save_overlay(paths[1], photo, mask, options.sentence)
     print(f"{options.sentence!r}: {mask.mean():.1%} of the photo\nwrote {paths[0]}\nwrote {paths[1]}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from aml.convert import convert
+
+    print(convert(Path(options.file), Path(options.out), options.settings))
     return 0
 
 

@@ -75,6 +75,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "keep_end": True,
         "gradient_checkpointing": False,
     },
+    "clipseg": {"backbone": "CIDAS/clipseg-rd64-refined", "freeze_encoders": True, "image_size": 352},
 }
 
 
@@ -82,8 +83,8 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 class ModelConfig(_Section):
     """A setting that is null and has no default in MODEL_DEFAULTS is none of this model's."""
 
-    name: str = _setting("compact", "architecture, as known to aml.models.build_model: compact, caris")
-    backbone: str | None = _setting(None, "image encoder: a timm model with features_only; caris: a timm Swin")
+    name: str = _setting("compact", "architecture, as known to aml.models.build_model: compact, caris, clipseg")
+    backbone: str | None = _setting(None, "image encoder: a timm model; caris: a timm Swin; clipseg: a folder")
     backbone_weights: str | None = _setting(None, "caris: file of Swin weights to start from, instead of timm's")
     text_encoder: str | None = _setting(None, "'minilm' (embedded), a folder that transformers reads; caris: a BERT")
     pretrained: bool = _setting(True, "start the encoders from pretrained weights")

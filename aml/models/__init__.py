@@ -9,11 +9,13 @@ from typing import Any
 
 from aml.models.base import AlignmentInputs, RISModel
 from aml.models.caris import CARIS
+from aml.models.clipseg import CLIPSegRIS
 from aml.models.compact import CompactRIS
+from aml.models.tap import FeatureTap
 
-MODELS: dict[str, type[RISModel]] = {"compact": CompactRIS, "caris": CARIS}
+MODELS: dict[str, type[RISModel]] = {"compact": CompactRIS, "caris": CARIS, "clipseg": CLIPSegRIS}
 
-__all__ = ["MODELS", "AlignmentInputs", "RISModel", "build_model"]
+__all__ = ["MODELS", "AlignmentInputs", "FeatureTap", "RISModel", "build_model"]
 
 
 def build_model(name: str, **options: Any) -> RISModel:

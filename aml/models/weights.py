@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,10 +36,11 @@ def read_checkpoint(path: Path) -> dict[Any, Any]:
 
 
 def _refusal(path: Path, error: Exception) -> str:
+    """torch's own message recommends to read the file again without protection; this one does not."""
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not even the list of names can be read
-        asked = []
+    except Exception:  # an older or a damaged file: the error names what it met first
+        asked = re.findall(r"GLOBAL ([\w.]+)", str(error))
     asked = sorted(set(asked) - {"argparse.Namespace"})
     if asked:
         return (
@@ -46,8 +48,9 @@ def _refusal(path: Path, error: Exception) -> str:
             "needs tensors, containers, numbers and argparse.Namespace only; a file with anything else could run "
             "code: get it from a source you trust"
         )
-    reason = str(error).split("\n")[0] or type(error).__name__
-    return f"{path} is no checkpoint that torch.save wrote, or it is damaged: {reason}"
+    lines = [line for line in str(error).splitlines() if line and "weights_only" not in line]
+    reason = lines[0].split(". ")[0] if lines else type(error).__name__
+    return f"{path} was not read: it is no checkpoint that torch.save wrote, or it is damaged ({reason})"
 
 
 def unwrap(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
@@ -55,11 +58,18 @@ def unwrap(content: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
+    if not any(isinstance(value, Tensor) for value in content.values()):
         shown = ", ".join(map(str, list(content)[:8])) or "nothing"
         raise ValueError(f"{path} holds no weights: expected names with tensors, found {shown}")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = str(key).removeprefix("module.")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {key} is a {type(value).__name__}, expected a tensor")
+        if name in tensors:
+            raise ValueError(f"{path}: holds {name} twice, once behind module.")
+        tensors[name] = value
+    return tensors
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
