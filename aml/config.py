@@ -55,7 +55,8 @@ class _Section:
             raise ConfigError(problems)
 
 
-# Where `null` is given or nothing; the models' constructors have the same defaults.
+# The settings that a model has besides those of all, and their values where `null` is given or nothing. The models'
+# constructors have the same defaults.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "compact": {
         "backbone": "tf_efficientnet_lite0",
@@ -67,6 +68,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "caris": {
         "backbone": "swin_base_patch4_window7_224.ms_in22k",
+        "backbone_weights": None,
         "text_encoder": "bert-base-uncased",
         "freeze_encoders": False,
         "image_size": 448,
@@ -81,8 +83,6 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelConfig(_Section):
-    """A setting that is null and has no default in MODEL_DEFAULTS is none of this model's."""
-
     name: str = _setting("compact", "architecture, as known to aml.models.build_model: compact, caris, clipseg")
     backbone: str | None = _setting(None, "image encoder: a timm model; caris: a timm Swin; clipseg: a folder")
     backbone_weights: str | None = _setting(None, "caris: file of Swin weights to start from, instead of timm's")
@@ -97,9 +97,15 @@ class ModelConfig(_Section):
     gradient_checkpointing: bool | None = _setting(None, "caris: compute activations again to save memory")
 
     def __post_init__(self) -> None:
-        for name, value in MODEL_DEFAULTS.get(self.name, {}).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the way to set a field of a frozen class
+        if self.name in MODEL_DEFAULTS:  # otherwise `build_model` says which there are
+            own = MODEL_DEFAULTS[self.name]
+            for name, value in own.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)  # the way to set a field of a frozen class
+            known = [*own, "name", "pretrained", "max_tokens"]
+            foreign = [f.name for f in fields(self) if f.name not in known and getattr(self, f.name) is not None]
+            if foreign:
+                raise ConfigError([f"model.{name}: {self.name} has no such setting; leave it out" for name in foreign])
         super().__post_init__()
 
     def options(self) -> dict[str, Any]:
