@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test bench lint gpu clean
+.PHONY: help demo test test-wheel bench lint gpu clean
 
 help:
 	@echo "make demo   train a small model with and without the method, write runs/demo/report.html (6 minutes)"
 	@echo "make test   run the tests"
+	@echo "make test-wheel TORCH=VERSION  run the operators' tests on the built wheel with another PyTorch"
 	@echo "make bench  measure the operators against PyTorch, draw docs/benchmark.png"
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    on a machine with an NVIDIA GPU: build, tests, compute-sanitizer, measurements (9 minutes); with"
@@ -31,6 +32,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+# A wheel built for the PyTorch of .venv has to serve another version too: make test-wheel TORCH=2.13.0
+test-wheel: $(VENV)/dev
+	$(BIN)/python tests/wheel.py $(or $(TORCH),$(error TORCH: give the version of PyTorch to test with))
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench_fused.py --json benchmarks/results/cpu.json

@@ -83,7 +83,7 @@ def main() -> None:
         print(tables.linearity(report["rows"]))
 
     for backend in fused:
-        calls, rounds = (50, 5) if options.quick else (1000, 15)
+        calls, rounds = (50, 5) if options.quick else (100, 9) if meter.device == "cuda" else (1000, 15)
         report["overhead"] += overhead.host_overhead(meter.device, backend, calls=calls, rounds=rounds)
     print(tables.overhead(report["overhead"]))
     if meter.device == "cpu" and not options.quick:

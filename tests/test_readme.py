@@ -24,7 +24,7 @@ def test_python_blocks_run(code, capsys):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
         target for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("make ")
         for target in line.partition("#")[0].split()[1:]
