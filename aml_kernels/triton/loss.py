@@ -1,0 +1,74 @@
+"""BCE and Dice of a pixel, and whether it counts: what the forward and the backward share."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import widen
+from .resize import load_plane, load_resized
+
+
+@triton.jit
+def load_logits(plane, y, x, at_y, at_x, mask, RESIZED: tl.constexpr):
+    """The logits at the target's pixels (y, x), which are `at_y`, `at_x` in the logits."""
+    return load_resized(plane, at_y, at_x, mask) if RESIZED else widen(load_plane(plane, y, x, mask))
+
+
+@triton.jit
+def kept(label, exists, similarity, y, x, at_y, at_x, limit, mask, RESIZED: tl.constexpr, PROTECT: tl.constexpr):
+    """Which pixels count. `similarity`: the map's plane, or None where nothing is left out."""
+    if similarity is None:
+        keep = exists
+    else:
+        value = load_resized(similarity, at_y, at_x, mask) if RESIZED else widen(load_plane(similarity, y, x, mask))
+        similar = value >= limit
+        keep = exists & (similar | (label > 0.5)) if PROTECT else exists & similar
+    return keep
+
+
+@triton.jit
+def sigmoid(z):
+    """exp(-|z|), 1 / (1 + exp(-|z|)) and sigmoid(z)."""
+    e = tl.exp(-tl.abs(z))
+    root = tl.rsqrt(1.0 + e)  # a division takes twice the instructions
+    reciprocal = root * root
+    return e, reciprocal, tl.where(z >= 0, reciprocal, e * reciprocal)
+
+
+@triton.jit
+def cross_entropy(z, y, e):
+    """Binary cross entropy with logits: max(z, 0) - z y + log(1 + exp(-|z|)), with e = exp(-|z|)."""
+    return tl.fma(e, log1p_over_e(e), tl.maximum(z, 0.0) - z * y)
+
+
+@triton.jit
+def log1p_over_e(e):
+    """log(1 + e) / e for 0 <= e <= 1, relative error 3e-8 before rounding."""
+    p = tl.fma(e, -3.25637846e-3, 1.99071616e-2)
+    p = tl.fma(p, e, -5.70642017e-2)
+    p = tl.fma(p, e, 1.06142648e-1)
+    p = tl.fma(p, e, -1.53118625e-1)
+    p = tl.fma(p, e, 1.96781173e-1)
+    p = tl.fma(p, e, -2.49545589e-1)
+    p = tl.fma(p, e, 3.33300054e-1)
+    p = tl.fma(p, e, -4.99999046e-1)
+    return tl.fma(p, e, 1.0)
+
+
+@triton.jit
+def loss_gradient(grad, sums, bce_weight, dice_weight, smooth):
+    """The parts of d loss / dz = bce w_y (p - y) + p (1 - p) (dice_p + dice_py y), from a sample's row of `sums`."""
+    weight, p, y, py = tl.load(sums + 3), tl.load(sums + 4), tl.load(sums + 5), tl.load(sums + 6)
+    denominator = p + y + smooth
+    dice = tl.div_rn(grad * dice_weight, denominator)
+    dice_p = dice * tl.div_rn(2.0 * py + smooth, denominator)
+    bce = tl.where(weight > 0, tl.div_rn(grad * bce_weight, tl.where(weight > 0, weight, 1.0)), 0.0)
+    return bce, dice_p, -2.0 * dice
+
+
+@triton.jit
+def pixel_gradient(z, y, parts, negative_weight, weight_step):
+    bce, dice_p, dice_py = parts
+    e, reciprocal, p = sigmoid(z)
+    slope = e * reciprocal * reciprocal  # p (1 - p)
+    weight = tl.fma(y, weight_step, negative_weight)
+    return tl.fma(slope, tl.fma(y, dice_py, dice_p), bce * weight * (p - y))
