@@ -38,7 +38,7 @@ test-wheel: $(VENV)/dev
 	$(BIN)/python tests/wheel.py $(or $(TORCH),$(error TORCH: give the version of PyTorch to test with))
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/bench_fused.py --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/bench_fused.py --sweep --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/dev
