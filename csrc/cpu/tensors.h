@@ -2,47 +2,21 @@
 // here again is what would otherwise read or write outside a tensor, for callers of torch.ops.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <new>
-#include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "../common/resize.h"
+#include "../common/tensor.h"
 #include "kernels.h"
 
 namespace aml::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);  // ValueError in Python
-}
-
-inline Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::Byte:
-    case ScalarType::Bool: return Type::u8;
-    default: throw std::invalid_argument("expected dtype float32, bfloat16, float16, float64, uint8 or bool");
-  }
-}
 
 inline ScalarType scalar_type(Type type) {
   switch (type) {
@@ -53,14 +27,6 @@ inline ScalarType scalar_type(Type type) {
     default: return ScalarType::Byte;
   }
 }
-
-// [B, rows, columns], or [B, 1, rows, columns].
-inline Plane plane(const Tensor& tensor) {
-  const int64_t dims = tensor.dim();
-  return {tensor.const_data_ptr(), type_of(tensor), tensor.stride(0), tensor.stride(dims - 2), tensor.stride(dims - 1),
-          tensor.size(dims - 2), tensor.size(dims - 1)};
-}
-inline Plane plane(const OptionalTensor& tensor) { return tensor ? plane(*tensor) : Plane{}; }
 
 // Calls f with a float, or with a double for fp64: the type that is computed in.
 template <class F>
