@@ -21,9 +21,10 @@ import torch
 from measure import Call, allocator_peak
 from torch.profiler import ProfilerActivity, profile
 
-LEAST_SETS, MOST_SETS = 16, 64
-TIMES_L2 = 3  #: bytes of a round over the size of the L2 cache
-COPY = 2 << 30  #: bytes moved by the copy that stands for the memory's bandwidth
+LEAST_SETS, MOST_SETS = 4, 64
+ROUND = 1 << 30  #: bytes that the calls of a round move, so that it lasts a few hundred times an event's resolution
+TIMES_L2 = 3  #: bytes of a round over the size of the L2 cache, from which on every call finds it cold
+COPY = 1 << 30  #: bytes moved by the copy that stands for the memory's bandwidth
 GAP = 1_000_000  #: clock cycles, half a millisecond: the GPU is busy until the host has issued the round and its events
 
 
@@ -53,7 +54,7 @@ class CudaMeter:
         count, cold = rotation(workload.bytes(name), self.cache)
         copies = [copy_of(workload) for _ in range(count)]
         calls = {who: [copy.call(provider, name) for copy in copies] for who, provider in providers.items()}
-        return {who: (capture if never_waits(each[0]) else eager)(each, cold) for who, each in calls.items()}
+        return {who: capture(each, cold) if never_waits(each[0]) else eager(each, cold) for who, each in calls.items()}
 
     def sample(self, round: Round) -> float:
         """Seconds per call."""
@@ -86,7 +87,6 @@ class CudaMeter:
         """Of PyTorch's copy, cold, that moves `size` bytes: half of them read and half of them written."""
         if size not in self.copies:
             count, cold = rotation(size, self.cache)
-            count = min(count, max(2, self.properties.total_memory // 8 // size))
             pairs = [torch.ones(2, max(1, size // 8), device=self.device) for _ in range(count)]
             copies = capture([lambda pair=pair: (pair[1].copy_(pair[0]),) for pair in pairs], cold)
             self.copies[size] = size / statistics.median([self.sample(copies) for _ in range(12)][2:]) / 1e9
@@ -101,9 +101,8 @@ def copy_of(workload: cases.Workload) -> cases.Workload:
 
 def rotation(size: int, cache: int) -> tuple[int, bool]:
     """How many sets of inputs a round takes whose calls move `size` bytes, and whether that alone keeps them cold."""
-    wanted = -(-TIMES_L2 * cache // size)
-    count = max(LEAST_SETS, min(MOST_SETS, wanted))
-    return count, count >= wanted
+    count = max(LEAST_SETS, min(MOST_SETS, -(-ROUND // size)))
+    return count, count * size >= TIMES_L2 * cache
 
 
 def never_waits(call: Call) -> bool:

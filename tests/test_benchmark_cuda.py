@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import aml_kernels
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 bench, cases, measure, measure_cuda, tables = map(
     importlib.import_module, ("bench_fused", "cases", "measure", "measure_cuda", "tables"),
@@ -19,15 +21,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")
 
 
 def test_a_round_passes_three_times_the_cache():
-    for size in (100 * MIB, 12 * MIB, 3 * MIB):
+    for size in (1000 * MIB, 100 * MIB, 12 * MIB, 3 * MIB):
         sets, cold = measure_cuda.rotation(size, 50 * MIB)
         assert cold and sets * size >= 150 * MIB and measure_cuda.LEAST_SETS <= sets <= measure_cuda.MOST_SETS
-    assert measure_cuda.rotation(100 * MIB, 50 * MIB)[0] == measure_cuda.LEAST_SETS
-    assert measure_cuda.rotation(5 * MIB, 50 * MIB) == (30, True)
+    assert measure_cuda.rotation(1000 * MIB, 50 * MIB)[0] == measure_cuda.LEAST_SETS
+    assert measure_cuda.rotation(32 * MIB, 50 * MIB) == (32, True)
 
 
 def test_small_inputs_cannot_fill_the_cache():
-    assert measure_cuda.rotation(1000, 50 * MIB) == (measure_cuda.MOST_SETS, False)
+    assert measure_cuda.rotation(2 * MIB, 50 * MIB) == (measure_cuda.MOST_SETS, False)
 
 
 def test_launches_are_kernels_copies_and_fills():
@@ -103,7 +105,7 @@ def test_rows_of_one_workload(gpu, monkeypatch):
             assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["p50_ms"] / 1e6)
             assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / meter.copies[1 << 16])
             assert row["share_of_copy_as_large"] == pytest.approx(row["gb_per_s"] / meter.copies[row["bytes"]])
-            assert row["cuda_graph"] and row["calls_per_sample"] in (19, 16) and row["cold_by"] == "rotation", row
+            assert row["cuda_graph"] and row["calls_per_sample"] == 64 and row["cold_by"] == "rotation", row
             assert row["peak_memory_bytes"] == 7 and row["launches"] is None and row["host_us"] > 0
             assert row["case"].startswith("batch 2, ")
     head = tables.head(fused, "cuda").splitlines()[0]
@@ -144,9 +146,12 @@ def test_sets_of_inputs_share_no_memory():
 
 
 def test_the_goal_is_measured():
-    names = [(w.op, w.case, w.dtype) for w in (build() for build in cases.on_gpu("meta")[:2])]
-    assert names[0] == ("masked_loss", "batch 32, 480x480, logits 480x480, map 15x15", "float32")
-    assert names[1][0] == "aml_loss"
+    built = [build() for build in cases.on_gpu("meta")]
+    assert {w.op for w in built} == {name for name in aml_kernels.__all__ if name.islower()}
+    for op, case in (("masked_loss", "map 15x15"), ("aml_loss", "features 15x15x1024")):
+        for dtype in ("float32", "bfloat16"):
+            goal, = (w for w in built[:4] if w.op == op and w.dtype == dtype)
+            assert goal.case == f"batch 32, 480x480, logits 480x480, {case}" and goal.compile
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
