@@ -28,8 +28,10 @@ template <class T, class Function>
 EMULATION_HIDDEN T exchange_for(T* address, Function function) {
   count(address, sizeof(T), false);
   count(address, sizeof(T), true);
+  counting = true;  // no other thread comes between
   const T old = *address;
   *address = function(old);
+  counting = false;
   return old;
 }
 #else

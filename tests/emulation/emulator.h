@@ -26,6 +26,7 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 // No __shared__: AML_SHARED is the emulator's way in.
 

@@ -131,6 +131,11 @@ class Scheduler {
   void launch(const Shape& launch_shape, void (*call)(void*), void* call_arguments);
 
  private:
+  EMULATION_HIDDEN void resume(Fibre& fibre) {
+    self = &fibre;
+    switch_context(host, fibre);
+    self = nullptr;
+  }
   void start_block(unsigned rank);
   void retire(Block& block);
   Fibre* next();
@@ -452,9 +457,7 @@ inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), vo
     while (started < blocks && blocks_.size() < resident) start_block(order[started++]);
     Fibre* fibre = next();
     if (!fibre || !failure_.empty()) break;
-    self = fibre;
-    switch_context(host, *fibre);
-    self = nullptr;
+    resume(*fibre);
     answer(*fibre);
   }
   if (live_ && failure_.empty()) failure_ = deadlock();
