@@ -2,7 +2,7 @@
 //
 // The image is cut in items, a thread's work, and strips of 32 items, a warp's. Strips are divided among as many blocks
 // as the device runs at once, in one run each, so that a block meets one or two samples, whose thresholds it finds by
-// itself: maps are small, and nobody has to wait. (Long maps are shared: see `team_blocks`.) The sums of each strip go to
+// itself: maps are small, and nobody has to wait. (Long maps are shared by teams of blocks.) The sums of each strip go to
 // memory; behind a barrier one block per sample adds them up in order, and the last of these blocks adds the samples.
 //
 // The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
@@ -43,7 +43,8 @@ struct LossCall : PixelCall {
   // Set by divide_loss():
   int strips;       // of a sample
   int blocks;       // of the grid
-  int team_blocks;  // how many of them find the threshold of a sample together; 1 where maps are short
+  int group_blocks, group_strips;  // how many blocks share how many strips: all of them, or those of a team
+  bool teams;                      // each sample has a team of blocks, which find its threshold together
   // Scratch, not initialised:
   StripSums* strip_sums;  // [samples, strips]
   TeamCounts* team_counts;
@@ -85,74 +86,79 @@ struct MapValues {
   }
 };
 
-template <class Way>
-__device__ __forceinline__ auto map_values(const LossCall& call, int64_t sample) {
-  if constexpr (std::is_same_v<Way, General>) {
-    return MapValues{call.similarity, call.limit.map_valid, sample};
-  } else {
-    return SampleValues<float>(call.similarity, call.limit.map_valid, sample);
-  }
-}
-
 // By all threads of the block; of all blocks where they are teams.
-template <class Way>
-__device__ __forceinline__ float find_limit(const LossCall& call, int64_t sample, Selection& selection) {
+template <bool kTeams, class Values>
+__device__ __forceinline__ float find_limit(const LossCall& call, const Values& values, int64_t sample, Selection& selection) {
   const Limit& limit = call.limit;
   if (limit.thresholds) return limit.thresholds[sample * limit.threshold_stride];
   if (!limit.by_quantile) return limit.threshold;
+  if constexpr (!kTeams) {
+    return block_quantile<kLossThreads>(values, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
+  }
   LimitTeam team{nullptr, 0, 1};
-  if (call.team_blocks > 1) {
-    team = {call.team_counts + sample, int(blockIdx.x) % call.team_blocks, call.team_blocks};
+  if (call.teams) {
+    team = {call.team_counts + sample, int(blockIdx.x) % call.group_blocks, call.group_blocks};
     clear_team_counts(team.several());
     grid_barrier();
   }
-  return team_quantile<kLossThreads>(map_values<Way>(call, sample), team, limit.quantile, Interpolation::linear,
-                                     limit.rank_in_fp64, selection);
+  return team_quantile<kLossThreads>(values, team, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
 }
 
 // ---- sums
 
-// The strips of a block: `strips` of them, from one of a sample on.
+// What is left of a block's strips: `strips` of them, from one of a sample on.
 struct StripRun {
   int sample, strip, strips;
 
   StripRun() = default;
   __device__ explicit StripRun(const LossCall& call) {
-    const int64_t all = call.samples * call.strips;
-    const int64_t first = all * blockIdx.x / gridDim.x, last = all * (blockIdx.x + 1) / gridDim.x;
-    sample = int(first / call.strips);
-    strip = int(first - int64_t(sample) * call.strips);
-    strips = int(last - first);
+    const int group = int(blockIdx.x) / call.group_blocks, rank = int(blockIdx.x) - group * call.group_blocks;
+    const int each = call.group_strips / call.group_blocks, more = call.group_strips - each * call.group_blocks;
+    const int first = group * call.group_strips + rank * each + min(rank, more);
+    sample = first / call.strips;
+    strip = first - sample * call.strips;
+    strips = each + (rank < more);
   }
   // In this sample.
-  __device__ int end(const LossCall& call) const { return strip + strips < call.strips ? strip + strips : call.strips; }
+  __device__ int end(const LossCall& call) const { return min(strip + strips, call.strips); }
   __device__ void next_sample(const LossCall& call) {
     strips -= end(call) - strip;
     ++sample, strip = 0;
   }
 };
 
-// The strips of this block, from their samples' thresholds to their sums in memory.
+// The sums of strips [begin, end) of a sample.
 template <class Way>
-__device__ __forceinline__ void sum_strips(const LossCall& call, Selection& selection) {
+__device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int begin, int end, float limit) {
+  for (int strip = begin + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
+    ItemSums<typename Way::Label> sums;
+    const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
+    if (item < call.items) {
+      Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
+                [&](int, const auto& pixel) { sums.add(pixel, call.options); }, [](uint32_t) {});
+    }
+    const StripSums total = warp_sums(sums.total(call.options));
+    if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
+  }
+}
+
+// Calls sum(sample, begin, end, limit) for the strips of this block, one sample after the other.
+// kFloatMap: the map consists of contiguous floats, or has rows of them.
+template <bool kFloatMap, bool kTeams, class F>
+__device__ __forceinline__ void run_strips(const LossCall& call, Selection& selection, F sum) {
   // What is left of the block's run: in shared memory, because a selection needs all registers.
   AML_SHARED(run, StripRun);
   if (threadIdx.x == 0) run = StripRun(call);
   __syncthreads();
   while (run.strips > 0) {
-    const float limit = find_limit<Way>(call, run.sample, selection);
-    const int sample = run.sample, end = run.end(call);
-    if (run.strip == 0 && threadIdx.x == 0) call.sums[int64_t(sample) * kSumColumns + kThreshold] = limit;
-    for (int strip = run.strip + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
-      ItemSums<typename Way::Label> sums;
-      const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
-      if (item < call.items) {
-        Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
-                  [&](int, const auto& pixel) { sums.add(pixel, call.options); }, [](uint32_t) {});
-      }
-      const StripSums total = warp_sums(sums.total(call.options));
-      if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
+    float limit;
+    if constexpr (kFloatMap) {
+      limit = find_limit<kTeams>(call, SampleValues<float>(call.similarity, call.limit.map_valid, run.sample), run.sample, selection);
+    } else {
+      limit = find_limit<kTeams>(call, MapValues{call.similarity, call.limit.map_valid, run.sample}, run.sample, selection);
     }
+    if (run.strip == 0 && threadIdx.x == 0) call.sums[int64_t(run.sample) * kSumColumns + kThreshold] = limit;
+    sum(run.sample, run.strip, run.end(call), limit);
     __syncthreads();
     if (threadIdx.x == 0) run.next_sample(call);
     __syncthreads();
@@ -201,7 +207,9 @@ template <class Way>
 __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked_loss_forward(const LossCall call) {
   AML_SHARED(selection, Selection);
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
-  sum_strips<Way>(call, selection);
+  run_strips<!std::is_same_v<Way, General>, true>(call, selection, [&](int sample, int begin, int end, float limit) {
+    sum_strips<Way>(call, sample, begin, end, limit);
+  });
   finish_loss(call);
 }
 
@@ -249,24 +257,25 @@ auto with_way(const PixelCall& call, F f) {
 // Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.
 // (None are resident where the device cannot run the kernel; its launch then says why.)
 template <class Way>
-int64_t divide_loss(LossCall& call, int resident) {
+int64_t divide_loss(LossCall& call, int resident, bool teams) {
   resident = std::max(resident, 1);
   call.strips = cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
-  call.blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
-  call.team_blocks = 1;
-  const int64_t cells = call.similarity.rows * call.similarity.columns;
-  if (call.limit.by_quantile && cells > kValuesPerBlock && resident >= 2 * call.samples && call.strips > 1) {
-    call.team_blocks = int(std::min<int64_t>(resident / call.samples, call.strips));  // a block then meets one sample
-    call.blocks = int(call.samples) * call.team_blocks;
+  call.blocks = call.group_blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
+  call.group_strips = int(call.samples) * call.strips;
+  // A team for each sample, where there is one: every block then meets one sample only.
+  const int64_t team = std::min<int64_t>(resident / call.samples, call.strips);
+  call.teams = teams && call.limit.by_quantile && call.similarity.rows * call.similarity.columns > kValuesPerBlock && team > 1;
+  if (call.teams) {
+    call.blocks = int(call.samples * team);
+    call.group_blocks = int(team), call.group_strips = call.strips;
   }
-  const int64_t teams = call.team_blocks > 1 ? call.samples : 0;
-  return call.samples * (call.strips * sizeof(StripSums) + sizeof(float)) + teams * sizeof(TeamCounts) + sizeof(unsigned);
+  return call.samples * (call.strips * sizeof(StripSums) + sizeof(float) + (call.teams ? sizeof(TeamCounts) : 0)) + sizeof(unsigned);
 }
 
 inline void use_scratch(LossCall& call, void* scratch) {
   call.strip_sums = static_cast<StripSums*>(scratch);
   call.team_counts = reinterpret_cast<TeamCounts*>(call.strip_sums + call.samples * call.strips);
-  call.losses = reinterpret_cast<float*>(call.team_counts + (call.team_blocks > 1 ? call.samples : 0));
+  call.losses = reinterpret_cast<float*>(call.team_counts + (call.teams ? call.samples : 0));
   call.ticket = reinterpret_cast<unsigned*>(call.losses + call.samples);
 }
 
@@ -274,7 +283,7 @@ inline void use_scratch(LossCall& call, void* scratch) {
 inline int64_t prepare_masked_loss(LossCall& call) {
   return with_way(call, [&](auto way) {
     using Way = decltype(way);
-    return divide_loss<Way>(call, AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_forward<Way>));
+    return divide_loss<Way>(call, AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_forward<Way>), true);
   });
 }
 

@@ -3,6 +3,8 @@
 // target's size in packs of 16 bytes beside a packed bool or uint8 target, and `General`, for everything else.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/loss.h"
 #include "resize.cuh"
 
@@ -69,6 +71,7 @@ class SimilarColumns {
 template <class Logit>
 struct Direct {
   using Stored = Logit;
+  static constexpr int kNumber = std::is_same_v<Logit, float> ? 0 : std::is_same_v<Logit, bf16> ? 1 : 2;
   using Label = unsigned;  // the target's byte where it stands in its word of four
   static constexpr int kColumns = 16 / int(sizeof(Logit));
   static constexpr int kBlocksPerProcessor = kColumns == 4 ? 3 : 2;
@@ -112,6 +115,7 @@ struct Direct {
 };
 
 struct General {
+  static constexpr int kNumber = 3;
   using Label = float;
   static constexpr int kColumns = 4;
   static constexpr int kBlocksPerProcessor = 2;

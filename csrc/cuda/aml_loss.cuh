@@ -1,0 +1,100 @@
+// aml_loss on a GPU, forward, in one launch: similarity tile by tile, a barrier, then what masked_loss does. Of each
+// sample's map, which stays in the L2 cache, every block that needs the threshold finds it by itself.
+//
+// One kernel for all types: its three parts follow each other, so that registers are shared and no part is compiled
+// more often than there are types of what it reads.
+#pragma once
+
+#include "masked_loss.cuh"
+#include "similarity.cuh"
+
+namespace aml::cuda {
+
+static_assert(kSimilarityThreads == kLossThreads, "one block does both");
+
+struct AmlCall {
+  SimilarityCall similarity;
+  LossCall loss;  // its map is `map`, or absent where nothing is left out
+  float* map;     // contiguous [samples, cells]
+  int way;        // how the pixels are read
+};
+
+union AmlShared {
+  SimilarityTile tile;
+  Selection selection;
+};
+
+// ---- while blocks wait for each other, and for thresholds, memory would be idle: the first rows that this block will
+// sum are fetched to the L2 cache meanwhile; of all blocks together 16 MB or so.
+
+constexpr uint32_t kLineBytes = 128, kPrefetchedLines = 512;
+
+__device__ __forceinline__ void prefetch_strips(const LossCall& call, const Plane& plane, uint32_t element_bytes, const StripRun& run) {
+  if (plane.column_stride != 1 || plane.rows != call.rows || plane.columns != call.columns) return;
+  const uint32_t top = run.strip * kWarp / call.items_across, bottom = (run.end(call) * kWarp - 1) / call.items_across;
+  const uint32_t bands = bottom - top + 1, row_lines = (call.columns * element_bytes + kLineBytes - 1) / kLineBytes;
+  for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
+    const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
+    const int64_t offset = run.sample * plane.sample_stride + y * plane.row_stride;
+    if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * element_bytes + (i - row * row_lines) * kLineBytes);
+  }
+}
+
+// ---- kernel
+
+// Calls f(Way) with the way of that number.
+template <class F>
+__host__ __device__ __forceinline__ void with_way_number(int way, F f) {
+  switch (way) {
+    case 0: return f(Direct<float>());
+    case 1: return f(Direct<bf16>());
+    case 2: return f(Direct<f16>());
+    default: return f(General());
+  }
+}
+
+__global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCall call) {
+  AML_SHARED(shared, AmlShared);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *call.loss.ticket = 0;  // the barrier lets all see it
+  with_float_type(call.similarity.visual.type, call.similarity.visual.data, [&](auto* visual) {
+    using T = std::decay_t<decltype(*visual)>;
+    const int tiles = call.similarity.tiles, all = int(call.loss.samples) * tiles;
+    for (int i = blockIdx.x; i < all; i += gridDim.x) {
+      const int sample = i / tiles;
+      similarity_tile<T>(call.similarity, sample, (i - sample * tiles) * kTileCells,
+                         call.map + int64_t(sample) * call.similarity.cells, shared.tile);
+    }
+  });
+  const StripRun run(call.loss);
+  prefetch_strips(call.loss, call.loss.logits, call.loss.logits.type == Type::f32 ? 4 : 2, run);
+  prefetch_strips(call.loss, call.loss.target, 1, run);
+  grid_barrier();
+
+  with_way_number(call.way, [&](auto way) {
+    run_strips<true, false>(call.loss, shared.selection, [&](int sample, int begin, int end, float limit) {
+      sum_strips<decltype(way)>(call.loss, sample, begin, end, limit);
+    });
+  });
+  finish_loss(call.loss);
+}
+
+// ---- host
+
+// Divides the work and returns the bytes of scratch that launch_aml_loss needs.
+inline int64_t prepare_aml_loss(AmlCall& call) {
+  const int resident = AML_RESIDENT_BLOCKS(kLossThreads, 0, aml_loss_forward);
+  int64_t bytes = 0;
+  with_way(call.loss, [&](auto way) {
+    call.way = way.kNumber;
+    bytes = divide_loss<decltype(way)>(call.loss, resident, false);
+  });
+  return bytes;
+}
+
+// One launch. `scratch`: 16-byte aligned, not initialised.
+inline cudaError_t launch_aml_loss(AmlCall call, void* scratch, cudaStream_t stream) {
+  use_scratch(call.loss, scratch);
+  return AML_LAUNCH_COOPERATIVE(dim3(unsigned(call.loss.blocks)), dim3(kLossThreads), 0, stream, aml_loss_forward, call);
+}
+
+}  // namespace aml::cuda
