@@ -39,5 +39,11 @@ def build_dataset(
 def build_aligner(config: Config, model: RISModel, warmup_steps: int = 0) -> AlignmentLoss:
     """The loss that the configuration names, for the features of the model."""
     options = asdict(config.alignment) | {"warmup_steps": warmup_steps, "seed": config.train.seed}
-    del options["warmup"]
+    options["class_weight"] = options.pop("background_weight"), options.pop("target_weight")
+    for name in ("preset", "warmup"):
+        del options[name]
+    if options["projection"] == "model" and not model.shares_space:
+        raise ConfigError(
+            [f"alignment.projection=model: {config.model.name} has no space that pixels and words share; CLIPSeg has"]
+        )
     return AlignmentLoss(**options, visual_dim=model.visual_dim, text_dim=model.text_dim)

@@ -123,21 +123,84 @@ class DataConfig(_Section):
     augment: bool = _setting(True, "vary colour, scale and position; false lets frozen encoders see each image once")
 
 
+# Where `null` is given or nothing. "paper" and "released" reproduce; docs/alignment.md says why not to train with them.
+_DEFAULT_ALIGNMENT: dict[str, Any] = {
+    "strategy": "loss",
+    "projection": "trained",
+    "words": "words",
+    "normalize": True,
+    "softmax": False,
+    "quantile": 0.25,
+    "protect_target": True,
+    "max_dropped": 0.5,
+    "dice_weight": 1.0,
+    "background_weight": 1.0,
+    "target_weight": 1.0,
+    "warmup": 0.1,
+}
+_BY_FIXED_LIMIT: dict[str, Any] = {
+    "softmax": True,
+    "quantile": None,
+    "threshold": 0.4,
+    "protect_target": False,
+    "max_dropped": 1.0,
+    "warmup": 0.0,
+}
+ALIGNMENT_PRESETS: dict[str, dict[str, Any]] = {
+    "default": _DEFAULT_ALIGNMENT,
+    "paper": _DEFAULT_ALIGNMENT | _BY_FIXED_LIMIT | {"strategy": "image", "projection": "gaussian"},
+    "released": _DEFAULT_ALIGNMENT
+    | _BY_FIXED_LIMIT
+    | {"strategy": "released", "projection": "linear", "words": "all", "normalize": False}
+    | {"dice_weight": 0.0, "background_weight": 0.9, "target_weight": 1.1},
+}
+
+
 @dataclass(frozen=True)
 class AlignmentConfig(_Section):
-    strategy: Literal["none", "loss", "random", "easiest"] = _setting(
-        "loss", "pixels left out: none, the least aligned, as many at random, as many of lowest loss"
+    """A setting that is null has the value of the preset in ALIGNMENT_PRESETS."""
+
+    preset: Literal["default", "paper", "released"] | None = _setting(
+        None, "values of what is null below; null: released for that strategy, else default"
     )
-    projection: Literal["trained", "gaussian"] = _setting(
-        "trained", "to a common width: learned through the similarity, or fixed random (the paper)"
+    strategy: Literal["none", "loss", "image", "released", "random", "easiest", "random_blocks"] | None = _setting(
+        None, "loss: leave out badly aligned pixels; image: blocks"
     )
-    dim: int = _setting(128, "common width of the projections", low=1)
-    quantile: float = _setting(0.25, "share of each sample's pixels that is left out", low=0, below=1)
-    protect_target: bool = _setting(True, "never leave out a pixel of the target")
+    projection: Literal["trained", "gaussian", "shared", "linear", "model", "none"] | None = _setting(
+        None, "space of the map; gaussian: paper, linear: released, model: its own"
+    )
+    dim: int = _setting(128, "common width of the trained projection", low=1)
+    words: Literal["words", "attended", "all"] | None = _setting(
+        None, "what a pixel may match; attended: [CLS], [SEP] too; all: padding too"
+    )
+    normalize: bool | None = _setting(None, "compare directions of features, not lengths")
+    softmax: bool | None = _setting(None, "softmax over the words before their maximum")
+    scale: float = _setting(1.0, "factor on the similarities, before a softmax")
+    quantile: float | None = _setting(None, "leave out below this quantile of a sample's map", low=0, below=1)
+    threshold: float | None = _setting(None, "leave out below this similarity, instead of a quantile")
+    protect_target: bool | None = _setting(None, "never leave out a pixel of the target")
+    drop_ratio: float = _setting(0.25, "image: share of the blocks with weak pixels that is dropped", low=0, high=1)
+    block_size: int = _setting(32, "image: side of a block, in pixels", low=1)
+    max_dropped: float | None = _setting(None, "image: at most this share of all blocks is dropped", low=0, high=1)
     bce_weight: float = _setting(1.0, "weight of the binary cross entropy", low=0)
-    dice_weight: float = _setting(1.0, "weight of the Dice loss", low=0)
-    aux_weight: float = _setting(0.1, "weight of the loss that trains the projections", low=0)
-    warmup: float = _setting(0.1, "share of all steps before anything is left out", low=0, high=1)
+    dice_weight: float | None = _setting(None, "weight of the Dice loss", low=0)
+    background_weight: float | None = _setting(None, "of background pixels in the cross entropy", low=0)
+    target_weight: float | None = _setting(None, "of target pixels in the cross entropy", low=0)
+    aux_weight: float = _setting(0.1, "weight of the loss that trains the projection", low=0)
+    aux_into_encoders: bool = _setting(False, "let that loss train the encoders, too")
+    warmup: float | None = _setting(None, "share of all steps before anything is left out", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        preset = self.preset or ("released" if self.strategy == "released" else "default")
+        values = ALIGNMENT_PRESETS.get(preset, {})
+        if self.quantile is not None and self.threshold is not None:
+            raise ConfigError(["alignment.quantile, alignment.threshold: give one of them"])
+        if self.quantile is not None or self.threshold is not None:
+            values = {name: value for name, value in values.items() if name not in ("quantile", "threshold")}
+        for name, value in ({"preset": preset} | values).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -226,9 +289,12 @@ def to_yaml(config: Config) -> str:
 
 
 def describe() -> list[tuple[str, str, str, str]]:
-    """(name, type, default, help) of every setting, in the order of declaration."""
+    """(name, type, default, help) of every setting, in the order of declaration.
+
+    The default is that of the default model and preset.
+    """
     return [
-        (f"{name}.{f.name}", _kind_name(_kind(section, f.name)), _shown(f.default), f.metadata["doc"])
+        (f"{name}.{f.name}", _kind_name(_kind(section, f.name)), _shown(getattr(section(), f.name)), f.metadata["doc"])
         for name, section in _SECTIONS.items()
         for f in fields(section)
     ]
@@ -343,7 +409,7 @@ def _kind(section: type, name: str) -> Any:
 
 def _options(kind: Any) -> tuple[Any, bool]:
     """(the kind without None, whether None is allowed)."""
-    if typing.get_origin(kind) is types.UnionType:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         inner = [k for k in typing.get_args(kind) if k is not type(None)]
         return inner[0], True
     return kind, False

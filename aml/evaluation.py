@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from aml.alignment import AlignmentLoss, alignment_scores
+from aml.alignment import AlignmentLoss
+from aml.alignment_scores import alignment_scores
 from aml.data.dataset import RISDataset, collate
 from aml.models.base import RISModel
 from aml.perturbations import perturb as perturb_image
@@ -70,11 +71,11 @@ def evaluate(
         logits, alignment = model(image, tokens, text_mask, return_alignment=True)
         columns: dict[str, list] = {"sample_id": batch["sample_id"], **_counts(logits, target, batch["full_target"])}
         if aligner is not None:
-            auc, left_out = alignment_scores(aligner.similarity(alignment), target, aligner.quantile)
+            auc, left_out = alignment_scores(aligner.similarity(alignment), target, **aligner.limit)
             wrong = [_wrong_sentence(dataset, index) for index in batch["index"].tolist()]
             wrong_tokens, wrong_mask = (tensor.to(device) for tensor in model.tokenize(wrong))
             wrong_map = aligner.similarity(model.encode(image, wrong_tokens, wrong_mask))
-            wrong_auc, _ = alignment_scores(wrong_map, target, aligner.quantile)
+            wrong_auc, _ = alignment_scores(wrong_map, target, **aligner.limit)
             columns |= {
                 "auc": auc.tolist(),
                 "auc_wrong_sentence": wrong_auc.tolist(),

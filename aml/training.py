@@ -71,9 +71,7 @@ class TrainingStep(nn.Module):
         self.model, self.aligner = model, aligner
 
     def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = batch["image"], batch["tokens"], batch["text_mask"]
-        logits, alignment = self.model(*inputs, return_alignment=True)
-        return self.aligner(logits, batch["target"], alignment, step)
+        return self.aligner.training_step(self.model, batch, step)
 
 
 def train(config: Config, *, resume: bool = False, allow_change: Sequence[str] = ()) -> Path:
@@ -121,7 +119,7 @@ class _Trainer:
         if not self.steps_per_epoch:
             raise ConfigError([f"train.accumulate={settings.accumulate}: an epoch has {per_epoch} batches"])
         self.total = settings.steps or settings.epochs * self.steps_per_epoch
-        self.aligner = build_aligner(config, self.model, round(config.alignment.warmup * self.total))
+        self.aligner = build_aligner(config, self.model, round((config.alignment.warmup or 0) * self.total))
         groups = self._parameter_groups()
         self.fixed = [{name: group[name] for name in ("lr", "weight_decay")} for group in groups]
         if settings.compile:
@@ -215,8 +213,8 @@ class _Trainer:
             batch = next(batches)
             self.waited += time.perf_counter() - asked
             with self.accelerator.accumulate(self.module):
-                names = ("image", "tokens", "text_mask", "target")
-                tensors = {name: batch[name].to(self.device, non_blocking=True) for name in names}
+                names = ("image", "tokens", "text_mask", "target", "valid")
+                tensors = {n: batch[n].to(self.device, non_blocking=True) for n in names if n in batch}
                 loss, record = self.module(tensors, self.progress.step)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:

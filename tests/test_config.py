@@ -12,8 +12,10 @@ SETTINGS = """
 model.name model.backbone model.backbone_weights model.text_encoder model.pretrained model.freeze_encoders
 model.image_size model.max_tokens model.keep_end model.dim model.layers model.gradient_checkpointing
 data.root data.dataset data.split_by data.images data.field data.augment
-alignment.strategy alignment.projection alignment.dim alignment.quantile alignment.protect_target
-alignment.bce_weight alignment.dice_weight alignment.aux_weight alignment.warmup
+alignment.preset alignment.strategy alignment.projection alignment.dim alignment.words alignment.normalize
+alignment.softmax alignment.scale alignment.quantile alignment.threshold alignment.protect_target alignment.drop_ratio
+alignment.block_size alignment.max_dropped alignment.bce_weight alignment.dice_weight alignment.background_weight
+alignment.target_weight alignment.aux_weight alignment.aux_into_encoders alignment.warmup
 optim.lr optim.weight_decay optim.warmup optim.clip_norm
 train.out train.epochs train.steps train.batch_size train.accumulate train.precision train.workers train.seed
 train.log_every train.save_every train.keep train.patience train.compile train.tensorboard
@@ -40,6 +42,19 @@ def test_the_list_of_settings_changes_only_on_purpose():
 def test_every_setting_has_one_line_of_help():
     for name, kind, default, doc in describe():
         assert doc and "\n" not in doc and kind and len(f"{name} {doc} ({default})") < 140, name
+
+
+def test_presets_fill_in_what_is_null(tmp_path):
+    default, released = load().alignment, load(None, ["alignment.strategy=released"]).alignment
+    assert (default.preset, default.quantile, default.threshold, default.warmup) == ("default", 0.25, None, 0.1)
+    assert (released.preset, released.quantile, released.threshold, released.warmup) == ("released", None, 0.4, 0.0)
+    assert (released.words, released.normalize, released.softmax, released.dice_weight) == ("all", False, True, 0.0)
+    paper = load(None, ["alignment.preset=paper", "alignment.quantile=0.5", "alignment.protect_target=true"])
+    assert (paper.alignment.strategy, paper.alignment.projection) == ("image", "gaussian")
+    assert (paper.alignment.quantile, paper.alignment.threshold, paper.alignment.protect_target) == (0.5, None, True)
+    assert read(tmp_path, to_yaml(paper)) == paper
+    problems = problems_of(tmp_path, "alignment: {quantile: 0.5, threshold: 0.4}")
+    assert problems == ["alignment.quantile, alignment.threshold: give one of them"]
 
 
 # The rows on which ready-made loaders were found to differ.

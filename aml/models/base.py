@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -17,15 +17,17 @@ class AlignmentInputs:
     visual: [B, C, h, w], any grid. text: [B, L, D], one feature per token.
     text_mask: bool [B, L], True = a real word; [CLS], [SEP] and padding are False. No row is all False.
     visual_valid: bool [B, h, w], False where the image holds letterbox padding; None = all of it is image.
+    attended: bool [B, L], what the text encoder attends to: the words, [CLS] and [SEP]; None = the model does not tell.
     """
 
     visual: Tensor
     text: Tensor
     text_mask: Tensor
     visual_valid: Tensor | None = None
+    attended: Tensor | None = None
 
     def detach(self) -> AlignmentInputs:
-        return AlignmentInputs(self.visual.detach(), self.text.detach(), self.text_mask, self.visual_valid)
+        return replace(self, visual=self.visual.detach(), text=self.text.detach())
 
 
 class RISModel(nn.Module):
@@ -37,6 +39,7 @@ class RISModel(nn.Module):
     max_tokens: int
     visual_dim: int  # channels of AlignmentInputs.visual
     text_dim: int  # channels of AlignmentInputs.text
+    shares_space = False  # whether pixels and words of AlignmentInputs were trained to be compared as they are
 
     def tokenize(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Sentences -> tokens int64 [N, max_tokens], text_mask bool [N, max_tokens].
@@ -61,6 +64,13 @@ class RISModel(nn.Module):
         With `return_alignment` also what `encode` would give, from the same single pass.
         """
         raise NotImplementedError
+
+    def forward_filtered(self, filtered: Tensor, image: Tensor, tokens: Tensor, text_mask: Tensor) -> Tensor:
+        """Logits of an image with blocks filled, for the words as they are encoded beside the whole one.
+
+        A model whose words depend on the image gives its own.
+        """
+        return self(filtered, tokens, text_mask)
 
     def encoders(self) -> list[nn.Module]:
         """The pretrained parts, which `parameter_groups` trains at a tenth of the learning rate."""

@@ -93,7 +93,7 @@ class CARIS(TokenizedModel):
 
     def encode(self, image: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
         maps, words = self._encode(image, tokens, text_mask)
-        return AlignmentInputs(maps[-1], words, self.real_words(tokens, text_mask))
+        return self._alignment(maps, words, tokens, text_mask)
 
     def forward(
         self, image: Tensor, tokens: Tensor, text_mask: Tensor, return_alignment: bool = False
@@ -103,13 +103,21 @@ class CARIS(TokenizedModel):
         logits = referent - background
         if not return_alignment:
             return logits
-        return logits, AlignmentInputs(maps[-1], words, self.real_words(tokens, text_mask))
+        return logits, self._alignment(maps, words, tokens, text_mask)
+
+    def forward_filtered(self, filtered: Tensor, image: Tensor, tokens: Tensor, text_mask: Tensor) -> Tensor:
+        words = self._encode(image, tokens, text_mask)[1]
+        background, referent = self.decoder(self.visual(filtered), words, text_mask).unbind(1)
+        return referent - background
 
     def _encode(self, image: Tensor, tokens: Tensor, text_mask: Tensor) -> tuple[list[Tensor], Tensor]:
         maps = self.visual(image)
         prompts = self.prompts(maps[-1])
         words = encode_words(self.text, tokens, text_mask, prompts, self.gradient_checkpointing)
         return maps, words[:, : tokens.shape[1]]  # the prompts act only by being attended to
+
+    def _alignment(self, maps: list[Tensor], words: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
+        return AlignmentInputs(maps[-1], words, self.real_words(tokens, text_mask), attended=text_mask)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
         """The six groups of the released program, which goes by names: it decays biases and group norms, too."""

@@ -35,6 +35,8 @@ class CLIPSegRIS(TokenizedModel):
     max_tokens: longer sentences are cut, start and end tokens included.
     """
 
+    shares_space = True
+
     def __init__(
         self,
         backbone: str = CLIPSEG,
@@ -72,7 +74,9 @@ class CLIPSegRIS(TokenizedModel):
     def encode(self, image: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
         words, _ = self._words(tokens, text_mask)
         patches = self.clipseg.clip.vision_model(pixel_values=image, interpolate_pos_encoding=True).last_hidden_state
-        return AlignmentInputs(self._pixels(patches, image), words, self.real_words(tokens, text_mask))
+        return AlignmentInputs(
+            self._pixels(patches, image), words, self.real_words(tokens, text_mask), attended=text_mask
+        )
 
     def forward(
         self, image: Tensor, tokens: Tensor, text_mask: Tensor, return_alignment: bool = False
@@ -83,7 +87,7 @@ class CLIPSegRIS(TokenizedModel):
         if not return_alignment:
             return logits
         pixels = self._pixels(output.vision_model_output.last_hidden_state, image)
-        return logits, AlignmentInputs(pixels, words, self.real_words(tokens, text_mask))
+        return logits, AlignmentInputs(pixels, words, self.real_words(tokens, text_mask), attended=text_mask)
 
     @torch.no_grad()
     def _words(self, tokens: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class CompactRIS(TokenizedModel):
         return self.freeze_encoders and plain and not torch.compiler.is_compiling()
 
     def _alignment(self, maps: list[Tensor], words: Tensor, tokens: Tensor, text_mask: Tensor) -> AlignmentInputs:
-        return AlignmentInputs(maps[2], words, self.real_words(tokens, text_mask))
+        return AlignmentInputs(maps[2], words, self.real_words(tokens, text_mask), attended=text_mask)
 
 
 class FusionDecoder(nn.Module):
