@@ -8,7 +8,7 @@ from helpers import coin, laid_out, loss_inputs, normal, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from aml_kernels import aml_loss, filter_regions, masked_loss, pixel_text_similarity, sample_quantile
+from aml_kernels import _backend, aml_loss, filter_regions, masked_loss, pixel_text_similarity, sample_quantile
 
 OPERATORS = torch.ops.aml_kernels
 RANK = torch.__version__ >= (2, 14)
@@ -54,20 +54,28 @@ def samples():
     }
 
 
+def operator(backend, name):
+    """The registered operator that runs on `backend`."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch is no operator")
+    asked = backend == "triton" != _backend.default(torch.get_default_device().type)
+    return getattr(OPERATORS, f"{name}_triton" if asked else name)
+
+
 @pytest.mark.parametrize("name", tuple(samples()))
-def test_opcheck(cpu, name):
+def test_opcheck(backend, name):
     for arguments in samples()[name]:
-        torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
+        torch.library.opcheck(operator(backend, name).default, arguments)
 
 
 @pytest.mark.parametrize("name", tuple(samples()))
-def test_fake_outputs_are_like_real_ones(cpu, name):
+def test_fake_outputs_are_like_real_ones(backend, name):
     """Strides and types too: a compiled program is laid out by them."""
     for arguments in samples()[name]:
-        real = getattr(OPERATORS, name)(*arguments)
+        real = operator(backend, name)(*arguments)
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-            fake = getattr(OPERATORS, name)(*fakes)
+            fake = operator(backend, name)(*fakes)
         for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, fake)), strict=True):
             assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
@@ -98,7 +106,10 @@ def result_of(step, arguments):
 
 
 # "inductor" generates code; "aot_eager" does all but that, and is quick.
-@pytest.mark.parametrize(("compiler", "dynamic"), (("inductor", False), ("aot_eager", False), ("aot_eager", True)))
+@pytest.mark.parametrize(
+    ("compiler", "dynamic"),
+    (("inductor", False), ("aot_eager", False), pytest.param("aot_eager", True, marks=pytest.mark.large)),
+)
 # Sizes that happen to be equal in the first call need not be in the next.
 @torch.fx.experimental._config.patch(use_duck_shape=False)
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -225,20 +236,21 @@ def test_gradcheck_of_losses(backend, size):
     assert torch.autograd.gradcheck(lambda z: aml_loss(z, soft, visual, text, mask, **options), leaf)
 
 
-def test_a_second_derivative_is_an_error(cpu):
+def test_a_second_derivative_is_an_error(backend):
     """Eagerly and through the operator; a penalty on the gradient must not silently count for nothing."""
     visual, text, mask = features()
     logits, target, similarity, _, _ = small()
     leaf, leaf_visual = logits.detach().requires_grad_(), visual.detach().requires_grad_()
-    through = samples()["masked_loss"][0]
+    through, at = samples()["masked_loss"][0], {"backend": backend}
+    loss_operator, similarity_operator = (operator(backend, x) for x in ("masked_loss", "pixel_text_similarity"))
     calls = {
-        "masked_loss": (lambda: masked_loss(leaf, target, similarity, quantile=0.3, backend=cpu), leaf),
-        "aml_loss": (lambda: aml_loss(leaf, target, visual, text, mask, quantile=0.3, backend=cpu), leaf),
-        "similarity": (lambda: pixel_text_similarity(leaf_visual, text, mask, backend=cpu).sum(), leaf_visual),
-        "square": (lambda: pixel_text_similarity(leaf_visual, text, mask, backend=cpu).square().sum(), leaf_visual),
-        "operator masked_loss": (lambda: OPERATORS.masked_loss(leaf, *through[1:])[0], leaf),
+        "masked_loss": (lambda: masked_loss(leaf, target, similarity, quantile=0.3, **at), leaf),
+        "aml_loss": (lambda: aml_loss(leaf, target, visual, text, mask, quantile=0.3, **at), leaf),
+        "similarity": (lambda: pixel_text_similarity(leaf_visual, text, mask, **at).sum(), leaf_visual),
+        "square": (lambda: pixel_text_similarity(leaf_visual, text, mask, **at).square().sum(), leaf_visual),
+        "operator masked_loss": (lambda: loss_operator(leaf, *through[1:])[0], leaf),
         "operator similarity": (
-            lambda: OPERATORS.pixel_text_similarity(leaf_visual, text, None, True, 1.0, False).sum(), leaf_visual,
+            lambda: similarity_operator(leaf_visual, text, None, True, 1.0, False).sum(), leaf_visual,
         ),
     }
     silent = []
@@ -252,19 +264,19 @@ def test_a_second_derivative_is_an_error(cpu):
     assert not silent
 
 
-def test_the_eager_path_is_the_operator(cpu):
+def test_the_eager_path_is_the_operator(backend):
     """What runs eagerly beside the dispatcher equals what a compiled program runs, bit for bit."""
     (leaf, *rest), (visual, text, *options) = samples()["masked_loss"][0], samples()["pixel_text_similarity"][0]
     target, similarity, valid, map_valid = rest[:4]
     loss = masked_loss(
         leaf, target, similarity, quantile=0.3, valid=valid, map_valid=map_valid, protect_target=True, dice_weight=0.5,
-        class_weight=(0.9, 1.1), backend=cpu,
+        class_weight=(0.9, 1.1), backend=backend,
     )
-    through = OPERATORS.masked_loss(leaf, *rest)[0]
+    through = operator(backend, "masked_loss")(leaf, *rest)[0]
     assert same_bits(loss, through)
     assert same_bits(*(torch.autograd.grad(x, leaf)[0] for x in (loss, through)))
-    eager = pixel_text_similarity(visual, text, options[0], scale=2.0, backend=cpu)
-    through = OPERATORS.pixel_text_similarity(visual, text, *options)
+    eager = pixel_text_similarity(visual, text, options[0], scale=2.0, backend=backend)
+    through = operator(backend, "pixel_text_similarity")(visual, text, *options)
     assert same_bits(eager, through)
     for a, b in zip(*(torch.autograd.grad(x.sum(), (visual, text)) for x in (eager, through)), strict=True):
         assert same_bits(a, b)
