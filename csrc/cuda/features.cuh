@@ -10,9 +10,13 @@ constexpr int kSimilarityThreads = 256;
 constexpr int kTileCells = 64;
 constexpr int kTileChannels = 64;
 constexpr int kTileWords = 32;  // real words compared in one reading; there are more in few sentences
-constexpr int kRow = 64 + 4;    // of shared arrays: rows 4 banks apart, 16-byte aligned
+constexpr int kRow = 64 + 4;    // of shared arrays: rows lie 4 banks apart, and stay aligned to 16 bytes
 
 constexpr float kSmallestSquare = 1e-24f;  // of a vector that has a direction, as in aml_kernels/reference/similarity.py
+
+// Where a cell stands in a channel's row of shared memory: fours of cells change places from one eight of channels to the
+// next, so that packs of channels are written to, as packs of cells are read from, different banks.
+__device__ __forceinline__ int feature_column(int channel, int cell) { return cell ^ (channel / 8 % 8 * 4); }
 
 // How a thread reads `visual`: 16 bytes along the cells, 16 bytes along the channels, or single features.
 enum class Reading : int { cells, channels, single };
@@ -106,16 +110,16 @@ class FeatureBlock {
           Pack<float, 4> four;
 #pragma unroll
           for (int k = 0; k < 4; ++k) four.value[k] = to_float(pack.value[e + k]);
-          store<4>(&features[other(i)][packed() + e], four);
+          store<4>(&features[other(i)][feature_column(other(i), packed() + e)], four);
         }
       } else {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           const float value = to_float(pack.value[e]);
           if (call_.reading == Reading::channels) {
-            features[packed() + e][other(i)] = value;
+            features[packed() + e][feature_column(packed() + e, other(i))] = value;
           } else {
-            features[single_channel(i * kWidth + e)][single_cell()] = value;
+            features[single_channel(i * kWidth + e)][feature_column(single_channel(i * kWidth + e), single_cell())] = value;
           }
         }
       }

@@ -14,7 +14,7 @@ constexpr int kWordGroup = 8;  // a thread multiplies four cells with the words 
 
 // Shared memory of a tile.
 struct SimilarityTile {
-  alignas(16) float features[kTileChannels][kRow];  // [channel][cell]; in the end [word][cell]: dot products
+  alignas(16) float features[kTileChannels][kRow];  // [channel][feature_column]; in the end [word][cell]: dot products
   alignas(16) float words[kTileChannels][kTileWords + 4];
   float square[kTileCells];  // of the features
   float inverse_norm[kTileWords];
@@ -23,54 +23,68 @@ struct SimilarityTile {
 
 // Dot products of a thread's four cells with its eight words, over its share of the channels.
 struct Products {
-  float dot[kWordGroup][4] = {};
-  float square[4] = {};
+  Pack<float, 4> dot[kWordGroup] = {};
+  Pack<float, 4> square = {};
+  int groups, group, share, shares, cell;
 
   // Warps are divided among the groups of words; those of a group, and the halves of a warp, among the channels.
-  __device__ Products(int words) {
-    const int groups = (words + kWordGroup - 1) / kWordGroup, warps = kSimilarityThreads / kWarp / groups;
+  __device__ explicit Products(int words) {
+    groups = (words + kWordGroup - 1) / kWordGroup;
     group = threadIdx.x / kWarp % groups;
-    shares = 2 * warps;
+    shares = kSimilarityThreads / kWarp / groups * 2;
     share = threadIdx.x / kWarp / groups * 2 + threadIdx.x % kWarp / 16;
     cell = threadIdx.x % 16 * 4;
   }
-  int group, share, shares, cell;
 
   __device__ __forceinline__ void add(const SimilarityTile& tile, int channels) {
     if (share >= shares) return;
 #pragma unroll 2
     for (int c = share; c < channels; c += shares) {
-      const Pack<float, 4> v = load<4>(&tile.features[c][cell]);
+      const Pack<float, 4> v = load<4>(&tile.features[c][feature_column(c, cell)]);
       const Pack<float, 4> a = load<4>(&tile.words[c][group * kWordGroup]), b = load<4>(&tile.words[c][group * kWordGroup + 4]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          dot[j][k] = multiply_add(a.value[j], v.value[k], dot[j][k]);
-          dot[j + 4][k] = multiply_add(b.value[j], v.value[k], dot[j + 4][k]);
+          dot[j].value[k] = multiply_add(a.value[j], v.value[k], dot[j].value[k]);
+          dot[j + 4].value[k] = multiply_add(b.value[j], v.value[k], dot[j + 4].value[k]);
         }
       }
       if (group == 0) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) square[k] = multiply_add(v.value[k], v.value[k], square[k]);
+        for (int k = 0; k < 4; ++k) square.value[k] = multiply_add(v.value[k], v.value[k], square.value[k]);
       }
     }
   }
 
-  // The sum of all shares, one after the other: [word][cell] where the features were. Begins and ends with a barrier.
+  // The sums over all shares, in order: tile.features[word][cell] and tile.square. As many shares at a time as there is
+  // room for where the features were. Begins and ends with a barrier.
   __device__ void combine(SimilarityTile& tile) const {
-    for (int turn = 0; turn < shares; ++turn) {
+    constexpr int kSums = (kTileWords + 1) * kTileCells / kSimilarityThreads + 1;
+    const int rows = groups * kWordGroup + 1, at_once = kTileChannels / rows;  // the last row: squares
+    const int row = threadIdx.x / kTileCells, column = threadIdx.x % kTileCells;
+    float sum[kSums] = {};
+    for (int first = 0; first < shares; first += at_once) {
+      const int last = min(first + at_once, shares);
       __syncthreads();
-      if (turn != share) continue;
+      if (first <= share && share < last) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-#pragma unroll
-        for (int j = 0; j < kWordGroup; ++j) {
-          float& sum = tile.features[group * kWordGroup + j][cell + k];
-          sum = turn == 0 ? dot[j][k] : sum + dot[j][k];
-        }
-        if (group == 0) tile.square[cell + k] = turn == 0 ? square[k] : tile.square[cell + k] + square[k];
+        for (int j = 0; j < kWordGroup; ++j) store<4>(&tile.features[(share - first) * rows + group * kWordGroup + j][cell], dot[j]);
+        if (group == 0) store<4>(&tile.features[(share - first + 1) * rows - 1][cell], square);
       }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kSums; ++k) {
+        const int r = row + k * (kSimilarityThreads / kTileCells);
+        for (int i = first; r < rows && i < last; ++i) sum[k] += tile.features[(i - first) * rows + r][column];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+      const int r = row + k * (kSimilarityThreads / kTileCells);
+      if (r < rows - 1) tile.features[r][column] = sum[k];
+      if (r == rows - 1) tile.square[column] = sum[k];
     }
     __syncthreads();
   }

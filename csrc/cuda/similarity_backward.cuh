@@ -13,7 +13,7 @@
 namespace aml::cuda {
 
 struct GradientTile {
-  alignas(16) float features[kTileChannels][kRow];  // [channel][cell]
+  alignas(16) float features[kTileChannels][kRow];  // [channel][feature_column]; in the end [word][channel]: sums
   alignas(16) float words[kTileWords][kRow];        // [word][channel], unit vectors
   alignas(16) float coefficient[kTileWords][kRow];  // [word][cell]
   alignas(16) float along[kTileCells];
@@ -65,7 +65,7 @@ struct FeatureGradient {
     const Pack<float, 4> along = load<4>(&tile.along[cell]);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const Pack<float, 4> v = load<4>(&tile.features[channel + c][cell]);
+      const Pack<float, 4> v = load<4>(&tile.features[channel + c][feature_column(channel + c, cell)]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) value[c][k] = along.value[k] * v.value[k];
     }
@@ -125,7 +125,8 @@ struct WordGradient {
     if (share >= shares) return;
 #pragma unroll 1
     for (int cell = share * 4; cell < kTileCells; cell += shares * 4) {
-      const Pack<float, 4> v = load<4>(&tile.features[channel][cell]), w = load<4>(&tile.features[channel + kWarp][cell]);
+      const Pack<float, 4> v = load<4>(&tile.features[channel][feature_column(channel, cell)]);
+      const Pack<float, 4> w = load<4>(&tile.features[channel + kWarp][feature_column(channel + kWarp, cell)]);
 #pragma unroll
       for (int j = 0; j < kWordGroup; ++j) {
         const Pack<float, 4> a = load<4>(&tile.coefficient[group * kWordGroup + j][cell]);
