@@ -1,7 +1,8 @@
 """Draw the stored rows of the benchmark: `python benchmarks/plot.py [RESULTS.json] [--output docs/benchmark.png]`.
 
-Without arguments the table in README.md is written anew too. Time and peak extra memory of each workload and provider, on logarithmic axes; below, where the run had `--sweep`,
-time against the number of pixels. One opaque light card, readable on light and dark pages.
+Without arguments the table in README.md is written anew too. Time and peak extra memory of each workload and
+provider, on logarithmic axes; below, where the run had `--sweep`, time against the number of pixels. One opaque light
+card, readable on light and dark pages.
 """
 
 import argparse

@@ -38,7 +38,8 @@ void compare(float q, int64_t n) {
 
 int main() {
   std::mt19937_64 random(1);
-  const float known[] = {0.0f, 1.0f, 0.5f, 0.25f, 0.75f, 0.1f, 1.0f / 3, 0.999f, 0.9999999f, 1e-10f, 1e-38f, 1e-45f, 3e-42f};
+  const float known[] = {0.0f, 1.0f, 0.5f, 0.25f, 0.75f, 0.1f, 1.0f / 3, 0.999f, 0.9999999f, 1e-10f, 1e-38f, 1e-45f,
+                         3e-42f};
   const int64_t longest = int64_t(1) << 40;
   for (float q : known) {
     for (int64_t n = 1; n <= 3000; ++n) compare(q, n);
