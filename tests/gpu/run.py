@@ -45,8 +45,9 @@ class Part:
 
 def parts(folder: Path) -> list[Part]:
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "-rs", *at_once())
-    matrix = [str(ROOT / f"tests/test_{name}.py") for name in OPERATORS]
+    pytest = (python, "-m", "pytest", "-q", "-rs", *plugin("pytest_timeout", "--timeout=90", "--timeout-method=thread"))
+    workers = plugin("xdist", f"--numprocesses={min(8, os.cpu_count() or 1)}")
+    matrix = (*workers, *(str(ROOT / f"tests/test_{name}.py") for name in OPERATORS))
     passed = r"^(?!.*\b(failed|error)).*\b\d+ passed.*"
     build = {"AML_KERNELS_EXTENSION": "1", "AML_KERNELS_CUDA": "1"}
     return [
@@ -56,8 +57,8 @@ def parts(folder: Path) -> list[Part]:
         ),
         Part("about", 60, (python, "-m", "aml_kernels"), r"^self-check.*passed.*", always=True),
         Part("cuda", 180, (*pytest, "-k", "cuda", *matrix), passed),
-        Part("features", 180, (*pytest, str(ROOT / "tests/gpu")), passed),
         Part("triton", 180, (*pytest, "-k", "triton", *matrix), passed),
+        Part("features", 180, (*pytest, str(ROOT / "tests/gpu")), passed),  # one at a time: they need room
         *(sanitizer(tool, "cuda") for tool in TOOLS), sanitizer("memcheck", "triton"),
         Part(
             "bench", 180,
@@ -67,14 +68,9 @@ def parts(folder: Path) -> list[Part]:
     ]
 
 
-def at_once() -> tuple[str, ...]:
-    """Several tests at a time and an end to one that hangs, where pytest has the plugins."""
-    found = ()
-    if importlib.util.find_spec("xdist"):
-        found += ("-n", str(min(4, os.cpu_count() or 1)))
-    if importlib.util.find_spec("pytest_timeout"):
-        found += ("--timeout", "90", "--timeout-method", "thread")
-    return found
+def plugin(name: str, *options: str) -> tuple[str, ...]:
+    """Options of pytest that take a plugin, where it is installed."""
+    return options if importlib.util.find_spec(name) else ()
 
 
 def sanitizer(tool: str, backend: str) -> Part:
