@@ -174,6 +174,7 @@ cudaError_t launch_kernel(const Shape& shape, cudaStream_t, const char* text, vo
 
 }  // namespace emulation
 
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   emulation::launches.push_back("memset");

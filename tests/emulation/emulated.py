@@ -20,12 +20,6 @@ SCALAR_TYPES = {  # of PyTorch; see operator.h
     torch.uint8: 0, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bool: 11,
     torch.bfloat16: 15,
 }
-#: The file of each operator, without .cu.
-FILES = {
-    "sample_quantile": "quantile", "pixel_text_similarity": "similarity", "pixel_text_similarity_backward": "similarity",
-    "masked_loss": "masked_loss", "masked_loss_backward": "masked_loss", "aml_loss": "aml_loss",
-    "filter_regions": "region_filter",
-}
 SANITIZERS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -82,49 +76,50 @@ class Emulated:
     Each call runs another schedule: the seed counts up. Raises Failed where the emulator or a sanitizer finds fault.
     """
 
-    def __init__(self, mode: str, library=None, resident_blocks: int = 4) -> None:
+    def __init__(self, mode: str, *sources, resident_blocks: int = 4) -> None:
+        """sources: as for build.start, where they are not the package's own."""
         self.mode, self.resident_blocks, self.seed = mode, resident_blocks, 0
-        self._library = library or (lambda file: build.compiled(file, mode))
-        self._workers: dict[str, Worker] = {}
         self.last: dict = {}  #: what the last call said: launches, counts of bytes
+        self._worker = Worker(build.library(mode, *sources), mode)
 
     def __call__(self, operator: str, *arguments):
-        file = FILES[operator]
-        if file not in self._workers:
-            self._workers[file] = Worker(self._library(file), self.mode)
         schema = getattr(torch.ops.aml_kernels, operator).default._schema
+        return self.call(operator, *map(converted, arguments, (str(a.type) for a in schema.arguments)))
+
+    def call(self, operator: str, *arguments):
+        """The same with arguments of exactly the types that the operator takes."""
         buffers: dict[int, bytes] = {}
-        packed = [pack(value, str(a.type), buffers) for value, a in zip(arguments, schema.arguments, strict=True)]
-        reply = self._workers[file].call(operator, packed, list(buffers.values()), self.seed, self.resident_blocks)
-        self.seed += 1
-        self.last = reply
+        packed = [pack(value, buffers) if isinstance(value, Tensor) else value for value in arguments]
+        reply = self._worker.call(operator, packed, list(buffers.values()), self.seed, self.resident_blocks)
+        schedule, self.seed, self.last = self.seed, self.seed + 1, reply
         if reply["error"]:
-            raise Failed(f"{operator}, schedule {self.seed - 1}: {reply['error']}")
+            raise Failed(f"{operator}, schedule {schedule}: {reply['error']}")
         if reply["changed"]:
-            raise Failed(f"{operator}, schedule {self.seed - 1}: wrote to inputs {reply['changed']}")
+            raise Failed(f"{operator}, schedule {schedule}: wrote to inputs {reply['changed']}")
         results = [unpack(*result) for result in reply["results"]]
         return results[0] if len(results) == 1 else tuple(results)
 
     def close(self) -> None:
-        for worker in self._workers.values():
-            worker.close()
-        self._workers.clear()
+        self._worker.close()
 
 
-def pack(value, kind: str, buffers: dict[int, bytes]):
-    """An argument as worker.py takes it; the memory of tensors goes into `buffers`, by address."""
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in buffers:
-            buffers[storage.data_ptr()] = bytes((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()))
-        return (
-            list(buffers).index(storage.data_ptr()), value.storage_offset() * value.element_size(),
-            SCALAR_TYPES[value.dtype], list(value.shape), list(value.stride()),
-        )
-    convert = {"bool": bool, "int": int, "float": float, "List[float]": lambda v: [float(x) for x in v]}
-    return convert[kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional") else kind](value)
+def converted(value, kind: str):
+    """A Python argument as the dispatcher would pass it on; kind: the schema's type."""
+    kind = kind.removeprefix("Optional[").removesuffix("]")
+    if value is None or isinstance(value, Tensor):
+        return value
+    return [float(x) for x in value] if kind.startswith("List") else {"bool": bool, "int": int, "float": float}[kind](value)
+
+
+def pack(tensor: Tensor, buffers: dict[int, bytes]) -> tuple:
+    """A tensor as worker.py takes it; its memory goes into `buffers`, by address."""
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in buffers:
+        buffers[storage.data_ptr()] = bytes((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()))
+    return (
+        list(buffers).index(storage.data_ptr()), tensor.storage_offset() * tensor.element_size(),
+        SCALAR_TYPES[tensor.dtype], list(tensor.shape), list(tensor.stride()),
+    )
 
 
 def unpack(kind: int, shape: list[int], data: bytes) -> Tensor:

@@ -42,7 +42,8 @@ namespace emulation { constexpr bool kDetectsRaces = false; }
 
 namespace emulation {
 
-constexpr size_t kStackBytes = 256 << 10;  // the sanitizers write their reports on it
+// ASan's frames are larger, and it writes its reports there.
+constexpr size_t kStackBytes = (EMULATION_ASAN(4 *) 64) << 10;
 
 // What is needed to leave a stack and to come back to it.
 struct Context {

@@ -1,5 +1,5 @@
-// The operators of one .cu, named by EMULATED_SOURCE, for Python to call through ctypes.
-#include EMULATED_SOURCE
+// The operators that the .cu files register, for Python to call through ctypes.
+#include "operator.h"
 
 using torch::stable::ScalarType;
 using torch::stable::Tensor;
@@ -10,6 +10,11 @@ std::string text;
 }  // namespace
 
 extern "C" {
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
 
 void emulation_start(uint64_t seed, int resident_blocks) {
   emulation::settings.seed = seed;
@@ -71,3 +76,27 @@ void emulation_counts(int64_t i, uint64_t* counts) {
 }
 #endif
 }
+
+#if defined(AML_EMULATION_TRACE)
+#define EMULATION_HOOKS(n)                                                                                    \
+  void __tsan_read##n(void* p) { emulation::access(p, n, false); }                                            \
+  void __tsan_write##n(void* p) { emulation::access(p, n, true); }                                            \
+  void __tsan_unaligned_read##n(void* p) { emulation::access(p, n, false); }                                  \
+  void __tsan_unaligned_write##n(void* p) { emulation::access(p, n, true); }
+extern "C" {
+EMULATION_HOOKS(1)
+EMULATION_HOOKS(2)
+EMULATION_HOOKS(4)
+EMULATION_HOOKS(8)
+EMULATION_HOOKS(16)
+void __tsan_read_range(void* p, size_t bytes) { emulation::access(p, bytes, false); }
+void __tsan_write_range(void* p, size_t bytes) { emulation::access(p, bytes, true); }
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_vptr_read(void*) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+int __tsan_atomic32_fetch_add(int* p, int value, int) { return *p += value, *p - value; }  // of std::shared_ptr
+}
+#undef EMULATION_HOOKS
+#endif

@@ -1,19 +1,38 @@
 // Stands in for what an operator's .cu takes from PyTorch, so that it runs as it is, from tensors to launch: tensors
 // whose memory belongs to the test, registration by name, calls with a list of arguments. Tensors that an operator makes
 // are exactly as long as they have to be, and all ones.
+//
+// nvcc takes it too, to compile the kernels for their machine code without PyTorch's headers.
 #pragma once
 
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <variant>
+#include <vector>
 
+#if defined(AML_EMULATED)
 #include "emulator.h"
+#endif
 
 namespace torch::headeronly {
 enum class ScalarType : int8_t { Byte = 0, Int = 3, Long = 4, Half = 5, Float = 6, Double = 7, Bool = 11, BFloat16 = 15 };
-using IntHeaderOnlyArrayRef = std::vector<int64_t>;
+
+struct Sizes : std::vector<int64_t> {
+  using std::vector<int64_t>::vector;
+  Sizes(const int64_t* data, size_t count) : std::vector<int64_t>(data, data + count) {}
+  Sizes(const std::vector<int64_t>& sizes) : std::vector<int64_t>(sizes) {}
+};
+using IntHeaderOnlyArrayRef = Sizes;
 }  // namespace torch::headeronly
 
 namespace torch::stable {
@@ -73,33 +92,59 @@ class Tensor {
   std::vector<int64_t> sizes_, strides_;
 };
 
-inline Tensor new_empty(const Tensor& like, std::vector<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
-  Tensor tensor(nullptr, type.value_or(like.scalar_type()), sizes, sizes);
-  int64_t stride = 1;
+inline Tensor new_empty(const Tensor& like, const headeronly::Sizes& sizes, std::optional<ScalarType> type = std::nullopt) {
+  const ScalarType element = type.value_or(like.scalar_type());
   std::vector<int64_t> strides(sizes.size());
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  const size_t bytes = size_t(tensor.numel() * element_size(tensor.scalar_type()));
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
+  const size_t bytes = size_t(count * element_size(element));
   void* data;
-  if (posix_memalign(&data, 512, std::max<size_t>(bytes, 1))) throw std::bad_alloc();
+  if (posix_memalign(&data, 512, bytes ? bytes : 1)) throw std::bad_alloc();
   std::memset(data, 0xFF, bytes);
 #if defined(AML_EMULATION_TRACE)
   emulation::buffers.emplace_back(data, bytes);
 #endif
-  return {std::shared_ptr<void>(data, std::free), tensor.scalar_type(), std::move(sizes), std::move(strides)};
+  return {std::shared_ptr<void>(data, std::free), element, sizes, std::move(strides)};
 }
 
-// On a GPU this is a kernel of PyTorch's.
-inline Tensor contiguous(const Tensor& from) {
-  if (from.is_contiguous()) return from;
-  Tensor to = new_empty(from, from.sizes());
-  emulation::launches.push_back("copy");
-  const int64_t bytes = element_size(from.scalar_type());
+// Calls f(offset of an element of `from`, place in the order of a contiguous tensor).
+template <class Function>
+void for_each_element(const Tensor& from, Function f) {
   for (int64_t i = 0; i < from.numel(); ++i) {
     int64_t rest = i, offset = 0;
     for (int64_t d = from.dim() - 1; d >= 0; rest /= from.size(d), --d) offset += rest % from.size(d) * from.stride(d);
-    std::memcpy(to.mutable_data_ptr<char>() + i * bytes, from.const_data_ptr<char>() + offset * bytes, size_t(bytes));
+    f(offset, i);
   }
+}
+
+// On a GPU these are kernels of PyTorch's.
+inline void note_launch([[maybe_unused]] const char* what) {
+#if defined(AML_EMULATED)
+  emulation::launches.push_back(what);
+#endif
+}
+
+inline Tensor contiguous(const Tensor& from) {
+  if (from.is_contiguous()) return from;
+  note_launch("copy");
+  Tensor to = new_empty(from, from.sizes());
+  const int64_t bytes = element_size(from.scalar_type());
+  for_each_element(from, [&](int64_t offset, int64_t i) {
+    std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + i * bytes,
+                static_cast<const char*>(from.const_data_ptr()) + offset * bytes, size_t(bytes));
+  });
   return to;
+}
+
+// From fp64, which is what has to be converted where an operator gets what the public functions let pass.
+inline Tensor to(const Tensor& from, ScalarType type) {
+  if (from.scalar_type() != ScalarType::Double || type != ScalarType::Float) throw std::runtime_error("to(): not emulated");
+  note_launch("convert");
+  Tensor result = new_empty(from, from.sizes(), type);
+  for_each_element(from, [&](int64_t offset, int64_t i) {
+    result.mutable_data_ptr<float>()[i] = float(from.const_data_ptr<double>()[offset]);
+  });
+  return result;
 }
 
 namespace accelerator {
@@ -112,20 +157,8 @@ struct DeviceGuard {
 }  // namespace torch::stable
 
 using AOTITorchError = int32_t;
-inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) (static_cast<void>(call))
-
-template <class... Parts>
-void emulated_check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
-}
-#define STD_TORCH_CHECK(condition, ...) emulated_check(static_cast<bool>(condition), __VA_ARGS__)
 
 // ---- Operators by name.
 
@@ -157,7 +190,7 @@ using Boxed = std::function<Arguments(const Arguments&)>;
 template <class Result, class... Parameters, size_t... index>
 Boxed boxed(Result (*function)(Parameters...), std::index_sequence<index...>) {
   return [function](const Arguments& given) {
-    if (given.size() != sizeof...(Parameters)) throw Error("called with another number of arguments than it takes");
+    if (given.size() != sizeof...(Parameters)) throw std::runtime_error("called with another number of arguments than it takes");
     return as_arguments(function(Convert<std::decay_t<Parameters>>::from(given[index])...));
   };
 }

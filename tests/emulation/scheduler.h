@@ -138,6 +138,7 @@ class Scheduler {
   }
   void start_block(unsigned rank);
   void retire(Block& block);
+  void* race_detector();
   Fibre* next();
   void make_ready(Fibre& fibre);
   void answer(Fibre& fibre);
@@ -154,6 +155,8 @@ class Scheduler {
   std::vector<Fibre*> ready_, spinning_;
   std::vector<Stacks> free_stacks_;
   size_t free_stacks_of_ = 0;  // for how many threads each
+  std::vector<void*> race_detectors_;
+  size_t race_detectors_used_ = 0;
   unsigned live_ = 0, fruitless_rounds_ = 0;
 };
 inline Scheduler scheduler;
@@ -168,6 +171,7 @@ EMULATION_HIDDEN void ask(Request request) {
 
 EMULATION_HIDDEN void run_thread() {
   arrived_from(scheduler.host);
+  EMULATION_TSAN(__tsan_acquire(&scheduler.begin);)
   scheduler.kernel(scheduler.arguments);
   EMULATION_TSAN(__tsan_release(&scheduler.end);)
   ask(Request::done);
@@ -267,7 +271,8 @@ inline void Scheduler::fail(const std::string& why, const Fibre& fibre) {
 }
 
 inline void Scheduler::make_ready(Fibre& fibre) {
-  fibre.priority = settings.seed == 0 ? fibre.index.x : settings.seed % 2 ? fibre.warp->priority : random();
+  const bool interrupted = fibre.request == Request::go_on;
+  fibre.priority = interrupted ? random() : settings.seed == 0 ? fibre.index.x : settings.seed % 2 ? fibre.warp->priority : random();
   ready_.push_back(&fibre);
   std::push_heap(ready_.begin(), ready_.end(), [](Fibre* a, Fibre* b) { return a->priority < b->priority; });
 }
@@ -369,6 +374,12 @@ inline void Scheduler::answer(Fibre& fibre) {
   }
 }
 
+// To make one costs TSan a megabyte of memory to clear. They are used again by the next launch, as it comes after this one.
+EMULATION_TSAN(inline void* Scheduler::race_detector() {
+  if (race_detectors_used_ == race_detectors_.size()) race_detectors_.push_back(__tsan_create_fiber(0));
+  return race_detectors_[race_detectors_used_++];
+})
+
 inline void Scheduler::start_block(unsigned rank) {
   const dim3 grid = shape.grid, size = shape.block;
   const unsigned threads = size.x * size.y * size.z;
@@ -394,12 +405,12 @@ inline void Scheduler::start_block(unsigned rank) {
     fibre.block = &block;
     fibre.warp = &block.warps[t / kWarp];
     fibre.warp->live |= 1u << fibre.lane;
-    EMULATION_TSAN(fibre.race_detector = __tsan_create_fiber(0);)
+    EMULATION_TSAN(fibre.race_detector = race_detector();)
     make_ready(fibre);
   }
 }
 
-// TSan: blocks share no history by which a race between them could seem ordered, so nothing is reused in a launch.
+// TSan: blocks share no history by which a race between them could seem ordered, so nothing is used again in a launch.
 inline void Scheduler::retire(Block& block) {
   auto mine = std::find_if(blocks_.begin(), blocks_.end(), [&](auto& other) { return other.get() == &block; });
   if constexpr (kDetectsRaces) {
@@ -444,6 +455,7 @@ inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), vo
   })
   if (free_stacks_of_ != threads) free_stacks_.clear();
   free_stacks_of_ = threads;
+  race_detectors_used_ = 0;
   EMULATION_TSAN(host.race_detector = __tsan_get_current_fiber(); __tsan_release(&begin);)
 
   std::vector<unsigned> order(blocks);
@@ -463,14 +475,16 @@ inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), vo
   if (live_ && failure_.empty()) failure_ = deadlock();
 
   EMULATION_TSAN(__tsan_acquire(&end);)
-  for (auto* some : {&blocks_, &retired_}) {
-    EMULATION_TSAN(for (auto& block : *some) for (Fibre& fibre : block->fibres) __tsan_destroy_fiber(fibre.race_detector);)
-    some->clear();
-  }
+  for (auto& block : retired_) free_stacks_.push_back(std::move(*block->stacks));
+  retired_.clear();
+  blocks_.clear();
   ready_.clear();
   spinning_.clear();
   live_ = 0;
-  if (!failure_.empty()) throw Error(failure_);
+  if (failure_.empty()) return;
+  EMULATION_TSAN(for (void* fibre : race_detectors_) __tsan_destroy_fiber(fibre);)  // they are in the middle of something
+  race_detectors_.clear();
+  throw Error(failure_);
 }
 
 }  // namespace emulation

@@ -1,5 +1,6 @@
-// Stands in for ThreadSanitizer's library: the compiler calls these functions before each access to memory. They switch
-// to another thread now and then, so that what is not atomic comes apart, and count the accesses to known buffers.
+// Stands in for ThreadSanitizer's library: the compiler calls its functions before each access to memory (interface.cpp
+// has them). They switch to another thread now and then, so that what is not atomic comes apart, and count the bytes of
+// known buffers.
 #pragma once
 
 #include <array>
@@ -41,25 +42,3 @@ EMULATION_HIDDEN void access(const void* address, size_t bytes, bool write) {
 }
 
 }  // namespace emulation
-
-#define EMULATION_HOOKS(n)                                                                                    \
-  void __tsan_read##n(void* p) { emulation::access(p, n, false); }                                            \
-  void __tsan_write##n(void* p) { emulation::access(p, n, true); }                                            \
-  void __tsan_unaligned_read##n(void* p) { emulation::access(p, n, false); }                                  \
-  void __tsan_unaligned_write##n(void* p) { emulation::access(p, n, true); }
-extern "C" {
-EMULATION_HOOKS(1)
-EMULATION_HOOKS(2)
-EMULATION_HOOKS(4)
-EMULATION_HOOKS(8)
-EMULATION_HOOKS(16)
-void __tsan_read_range(void* p, size_t bytes) { emulation::access(p, bytes, false); }
-void __tsan_write_range(void* p, size_t bytes) { emulation::access(p, bytes, true); }
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_vptr_read(void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-int __tsan_atomic32_fetch_add(int* p, int value, int) { return *p += value, *p - value; }  // of std::shared_ptr
-}
-#undef EMULATION_HOOKS
