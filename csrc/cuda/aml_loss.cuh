@@ -5,7 +5,7 @@
 // more often than there are types of what it reads.
 #pragma once
 
-#include "masked_loss.cuh"
+#include "loss_strips.cuh"
 #include "similarity.cuh"
 
 namespace aml::cuda {

@@ -2,7 +2,7 @@
 // logits is written. This kernel is for logits of the target's size; masked_loss_gather.cuh for those that are resized.
 #pragma once
 
-#include "masked_loss.cuh"
+#include "loss_strips.cuh"
 
 namespace aml::cuda {
 
@@ -34,7 +34,7 @@ __device__ __forceinline__ float gradient_of(const GradientCall& call, const Pix
 
 template <class Way>
 __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor)
-    masked_loss_backward(const GradientCall call) {
+    masked_loss_backward_pixels(const GradientCall call) {
   const int64_t strip = int64_t(blockIdx.x) * kLossWarps + threadIdx.x / kWarp;
   const int64_t sample = strip / call.strips;
   const uint32_t index = uint32_t(strip - sample * call.strips) * kWarp + threadIdx.x % kWarp;
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor)
 
 template <class Way>
 cudaError_t launch_masked_loss_backward(GradientCall& call, cudaStream_t stream) {
-  const int resident = AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_backward<Way>);
+  const int resident = AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_backward_pixels<Way>);
   call.strips = cut(call, Way::kColumns, int64_t(std::max(resident, 1)) * kLossWarps);
   const int64_t blocks = (call.samples * call.strips + kLossWarps - 1) / kLossWarps;
-  return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kLossThreads), 0, stream, masked_loss_backward<Way>, call);
+  return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kLossThreads), 0, stream, masked_loss_backward_pixels<Way>, call);
 }
 
 }  // namespace aml::cuda

@@ -50,7 +50,7 @@ struct GatherTile {
   }
 };
 
-__global__ void __launch_bounds__(kGatherThreads, 5) masked_loss_gather(const GatherCall call) {
+__global__ void __launch_bounds__(kGatherThreads, 5) masked_loss_backward_gather(const GatherCall call) {
   AML_SHARED(tile, GatherTile);
   constexpr int kColumns = General::kColumns;
   const uint32_t tiles = call.tiles_down * call.tiles_across;
@@ -130,7 +130,7 @@ inline cudaError_t launch_masked_loss_gather(const GradientCall& gradient, cudaS
       {call.columns <= kChunk ? logit_columns : std::max<int64_t>(fitting, 1), logit_columns, kTileColumns}));
   call.tiles_down = divide_up(logit_rows, call.tile_rows), call.tiles_across = divide_up(logit_columns, call.tile_columns);
   const int64_t blocks = call.samples * call.tiles_down * call.tiles_across;
-  return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kGatherThreads), 0, stream, masked_loss_gather, call);
+  return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kGatherThreads), 0, stream, masked_loss_backward_gather, call);
 }
 
 inline cudaError_t launch_backward(GradientCall call, cudaStream_t stream) {

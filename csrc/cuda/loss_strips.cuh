@@ -1,0 +1,272 @@
+// What masked_loss and aml_loss do with pixels: thresholds, sums over what is kept, the loss from the sums.
+//
+// The image is cut in items, a thread's work, and strips of 32 items, a warp's. Strips are divided among as many blocks
+// as the device runs at once, in one run each, so that a block meets one or two samples, whose thresholds it finds by
+// itself: maps are small, and nobody has to wait. (Long maps are shared by teams of blocks.) The sums of each strip go to
+// memory; behind a barrier one block per sample adds them up in order, and the last of these blocks adds the samples.
+//
+// The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
+// before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample: a cluster
+// would tie a sample to the 8 or 16 blocks that one can have, and exists from sm_90 on only.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "quantile.cuh"
+#include "sums.cuh"
+
+namespace aml::cuda {
+
+constexpr int kLossThreads = 256, kLossWarps = kLossThreads / kWarp;
+enum Reduction : int { kMean, kSum, kNone };
+enum SumColumn : int { kThreshold, kBce, kDice, kWeight, kP, kY, kPy, kSumColumns };
+enum CountColumn : int { kKept, kKeptTarget, kIntersection, kUnion, kCountColumns };
+
+// From which similarity on a pixel is kept: a quantile of the map, or one number per sample, or one for all.
+struct Limit {
+  bool by_quantile = false, rank_in_fp64 = true;
+  float quantile = 0;
+  Plane map_valid;
+  const float* thresholds = nullptr;
+  int64_t threshold_stride = 0;
+  float threshold = -kInfinity;
+};
+
+struct LossCall : PixelCall {
+  Limit limit;
+  LossOptions<float> options;
+  Reduction reduction;
+  float *loss, *sums;  // [samples] or [1]; [samples, kSumColumns]
+  int64_t* counts;     // [samples, kCountColumns]
+  // Set by divide_loss():
+  int strips;       // of a sample
+  int blocks;       // of the grid
+  int group_blocks, group_strips;  // how many blocks share how many strips: all of them, or those of a team
+  bool teams;                      // each sample has a team of blocks, which find its threshold together
+  // Scratch, not initialised:
+  StripSums* strip_sums;  // [samples, strips]
+  TeamCounts* team_counts;
+  float* losses;     // [samples]
+  unsigned* ticket;  // how many blocks have finished their samples
+};
+
+// ---- thresholds
+
+// The blocks that find a sample's threshold together: this one alone, or `blocks` of the grid (all of which do so).
+struct LimitTeam {
+  TeamCounts* total;  // null: alone
+  int rank, blocks;
+
+  __device__ __forceinline__ SeveralBlocks several() const { return {total, rank, blocks}; }
+  __device__ __forceinline__ int64_t first() const { return several().first(); }
+  __device__ __forceinline__ int64_t threads() const { return several().threads(); }
+  __device__ __forceinline__ void merge(Selection& s, int pass) const { total ? several().merge(s, pass) : __syncthreads(); }
+  __device__ __forceinline__ int64_t count(const Selection& s, int pass, int bin) const {
+    return total ? several().count(s, pass, bin) : int64_t(s.bins[bin]);
+  }
+};
+
+// The values of a map of any type, one at a time: less code than SampleValues of three types.
+struct MapValues {
+  const Plane& map;
+  const Plane& valid;
+  int64_t sample;
+
+  template <class F>
+  __device__ __forceinline__ void visit(int64_t first, int64_t threads, F f) const {
+    int64_t y = first / map.columns, x = first - y * map.columns;
+    const int64_t step_y = threads / map.columns, step_x = threads - step_y * map.columns;
+    while (y < map.rows) {
+      if (!valid.data || load_element(valid, sample, y, x) != 0) f(selection_key(load_element(map, sample, y, x)));
+      y += step_y, x += step_x;
+      if (x >= map.columns) x -= map.columns, ++y;
+    }
+  }
+};
+
+// By all threads of the block; of all blocks where they are teams.
+template <bool kTeams, class Values>
+__device__ __forceinline__ float find_limit(const LossCall& call, const Values& values, int64_t sample, Selection& selection) {
+  const Limit& limit = call.limit;
+  if (limit.thresholds) return limit.thresholds[sample * limit.threshold_stride];
+  if (!limit.by_quantile) return limit.threshold;
+  if constexpr (!kTeams) {
+    return block_quantile<kLossThreads>(values, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
+  }
+  LimitTeam team{nullptr, 0, 1};
+  if (call.teams) {
+    team = {call.team_counts + sample, int(blockIdx.x) % call.group_blocks, call.group_blocks};
+    clear_team_counts(team.several());
+    grid_barrier();
+  }
+  return team_quantile<kLossThreads>(values, team, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
+}
+
+// ---- sums
+
+// What is left of a block's strips: `strips` of them, from one of a sample on.
+struct StripRun {
+  int sample, strip, strips;
+
+  StripRun() = default;
+  __device__ explicit StripRun(const LossCall& call) {
+    const int group = int(blockIdx.x) / call.group_blocks, rank = int(blockIdx.x) - group * call.group_blocks;
+    const int each = call.group_strips / call.group_blocks, more = call.group_strips - each * call.group_blocks;
+    const int first = group * call.group_strips + rank * each + min(rank, more);
+    sample = first / call.strips;
+    strip = first - sample * call.strips;
+    strips = each + (rank < more);
+  }
+  // In this sample.
+  __device__ int end(const LossCall& call) const { return min(strip + strips, call.strips); }
+  __device__ void next_sample(const LossCall& call) {
+    strips -= end(call) - strip;
+    ++sample, strip = 0;
+  }
+};
+
+// The sums of strips [begin, end) of a sample.
+template <class Way>
+__device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int begin, int end, float limit) {
+  for (int strip = begin + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
+    ItemSums<typename Way::Label> sums;
+    const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
+    if (item < call.items) {
+      Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
+                [&](int, const auto& pixel) { sums.add(pixel, call.options); }, [](uint32_t) {});
+    }
+    const StripSums total = warp_sums(sums.total(call.options));
+    if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
+  }
+}
+
+// Calls sum(sample, begin, end, limit) for the strips of this block, one sample after the other.
+// kFloatMap: the map consists of contiguous floats, or has rows of them.
+template <bool kFloatMap, bool kTeams, class F>
+__device__ __forceinline__ void run_strips(const LossCall& call, Selection& selection, F sum) {
+  // What is left of the block's run: in shared memory, because a selection needs all registers.
+  AML_SHARED(run, StripRun);
+  if (threadIdx.x == 0) run = StripRun(call);
+  __syncthreads();
+  while (run.strips > 0) {
+    float limit;
+    if constexpr (kFloatMap) {
+      limit = find_limit<kTeams>(call, SampleValues<float>(call.similarity, call.limit.map_valid, run.sample), run.sample, selection);
+    } else {
+      limit = find_limit<kTeams>(call, MapValues{call.similarity, call.limit.map_valid, run.sample}, run.sample, selection);
+    }
+    if (run.strip == 0 && threadIdx.x == 0) call.sums[int64_t(run.sample) * kSumColumns + kThreshold] = limit;
+    sum(run.sample, run.strip, run.end(call), limit);
+    __syncthreads();
+    if (threadIdx.x == 0) run.next_sample(call);
+    __syncthreads();
+  }
+}
+
+// ---- the loss
+
+__device__ inline void finish_sample(const LossCall& call, int64_t sample) {
+  const SampleSums<float> s = block_sums<kLossThreads>(call.strip_sums + sample * call.strips, call.strips);
+  if (threadIdx.x != 0) return;
+  const SampleLoss<float> result = sample_loss<float>(s, call.options);
+  // A kept target that is no probability: the loss is NaN. Its gradient is 0, which these sums lead to.
+  const bool bad = s.bad_target > 0;
+  float* sums = call.sums + sample * kSumColumns;
+  sums[kBce] = result.bce, sums[kDice] = result.dice, sums[kWeight] = bad ? 0 : s.weight;
+  sums[kP] = bad ? kInfinity : s.p, sums[kY] = bad ? 0 : s.y, sums[kPy] = bad ? 0 : s.py;
+  int64_t* counts = call.counts + sample * kCountColumns;
+  counts[kKept] = s.kept, counts[kKeptTarget] = s.kept_target;
+  counts[kIntersection] = s.intersection, counts[kUnion] = s.union_;
+  (call.reduction == kNone ? call.loss : call.losses)[sample] = bad ? kNaN : result.loss;
+}
+
+__device__ inline void finish_loss(const LossCall& call) {
+  grid_barrier();
+  if (blockIdx.x >= call.samples) return;
+  for (int64_t sample = blockIdx.x; sample < call.samples; sample += gridDim.x) finish_sample(call, sample);
+  if (call.reduction == kNone) return;
+
+  AML_SHARED(last, bool);
+  if (threadIdx.x == 0) {
+    const unsigned others = unsigned(call.samples < gridDim.x ? call.samples : gridDim.x) - 1;
+    __threadfence();
+    last = atomicAdd(call.ticket, 1u) == others;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  float sum = 0;
+  for (int64_t sample = threadIdx.x; sample < call.samples; sample += kLossThreads) sum += __ldcg(call.losses + sample);
+  sum = block_sum<kLossThreads>(sum);
+  if (threadIdx.x == 0) *call.loss = call.reduction == kMean ? sum / float(call.samples) : sum;
+}
+
+// ---- host
+
+constexpr int64_t kFewestRows = 8, kMostRows = 64;  // of an item: to set one up costs as much as two or three rows
+
+// Cuts the image so that all warps that the device runs have one strip, or as few as possible the same number of them;
+// returns the strips of a sample. (So the sums are the same in every bit for the same call on the same device.)
+inline int cut(PixelCall& call, int item_columns, int64_t warps) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t across = divide_up(call.columns, item_columns);
+  const int64_t fewest = divide_up(call.rows, kMostRows), most = divide_up(call.rows, kFewestRows);  // items down
+  const int64_t rounds = divide_up(call.samples * divide_up(across * fewest, kWarp), warps);
+  const int64_t down = std::min(std::max(rounds * warps / call.samples * kWarp / across, fewest), most);
+  call.items_across = uint32_t(across);
+  call.item_rows = uint32_t(divide_up(call.rows, down));
+  call.items = uint32_t(across * divide_up(call.rows, call.item_rows));
+  return int(divide_up(call.items, kWarp));
+}
+
+// Logits packed at the target's size beside a packed target of bytes, a map of packed floats, no `valid`.
+template <class Logit>
+bool is_direct(const PixelCall& call) {
+  constexpr int kColumns = Direct<Logit>::kColumns;
+  const auto packed = [&](const Plane& plane, int64_t bytes) {
+    return plane.column_stride == 1 && reinterpret_cast<uintptr_t>(plane.data) % (kColumns * bytes) == 0 &&
+        plane.row_stride % kColumns == 0 && (call.samples == 1 || plane.sample_stride % kColumns == 0);
+  };
+  return call.logits.rows == call.rows && call.logits.columns == call.columns && call.columns % kColumns == 0 &&
+      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) && !call.valid.data &&
+      (!call.similarity.data || (call.similarity.type == Type::f32 &&
+                                 (call.similarity.column_stride == 1 || call.similarity.columns == 1)));
+}
+
+// Calls f(Way) with the way to read the call's pixels.
+template <class F>
+auto with_way(const PixelCall& call, F f) {
+  if (call.logits.type == Type::f32 && is_direct<float>(call)) return f(Direct<float>());
+  if (call.logits.type == Type::bf16 && is_direct<bf16>(call)) return f(Direct<bf16>());
+  if (call.logits.type == Type::f16 && is_direct<f16>(call)) return f(Direct<f16>());
+  return f(General());
+}
+
+// Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.
+// (None are resident where the device cannot run the kernel; its launch then says why.)
+template <class Way>
+int64_t divide_loss(LossCall& call, int resident, bool teams) {
+  resident = std::max(resident, 1);
+  call.strips = cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
+  call.blocks = call.group_blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
+  call.group_strips = int(call.samples) * call.strips;
+  // A team for each sample, where there is one: every block then meets one sample only.
+  const int64_t team = std::min<int64_t>(resident / call.samples, call.strips);
+  call.teams = teams && call.limit.by_quantile && call.similarity.rows * call.similarity.columns > kValuesPerBlock && team > 1;
+  if (call.teams) {
+    call.blocks = int(call.samples * team);
+    call.group_blocks = int(team), call.group_strips = call.strips;
+  }
+  return call.samples * (call.strips * sizeof(StripSums) + sizeof(float) + (call.teams ? sizeof(TeamCounts) : 0)) + sizeof(unsigned);
+}
+
+inline void use_scratch(LossCall& call, void* scratch) {
+  call.strip_sums = static_cast<StripSums*>(scratch);
+  call.team_counts = reinterpret_cast<TeamCounts*>(call.strip_sums + call.samples * call.strips);
+  call.losses = reinterpret_cast<float*>(call.team_counts + (call.teams ? call.samples : 0));
+  call.ticket = reinterpret_cast<unsigned*>(call.losses + call.samples);
+}
+
+}  // namespace aml::cuda
