@@ -15,8 +15,8 @@ constexpr int kChunk = kGatherThreads * General::kColumns;  // columns of the ta
 constexpr int kTileRows = 8, kTileColumns = kChunk;         // of logits, at most
 
 struct GatherCall : GradientCall {
-  uint32_t tile_rows, tile_columns;  // of logits
-  uint32_t tiles_down, tiles_across;
+  uint32_t tile_rows = 0, tile_columns = 0;  // of logits
+  uint32_t tiles_down = 0, tiles_across = 0;
 };
 
 // The first index of the target that lies at source element `element` or behind it, or the end.
