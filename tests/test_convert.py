@@ -50,7 +50,8 @@ def official(model, seed):
         if name.endswith("relative_position_bias_table"):
             state[official_name(name).replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.int64)
     for layer, shape in (("text_proj", (768, 24)), ("fuse_gate", (768, 768))):
-        state[f"aug.{layer}.weight"], state[f"aug.{layer}.bias"] = torch.ones(shape), torch.ones(shape[0])
+        state[f"aug.{layer}.weight"] = torch.empty(shape).uniform_(-0.1, 0.1, generator=generator)
+        state[f"aug.{layer}.bias"] = torch.empty(shape[0]).uniform_(-0.1, 0.1, generator=generator)
     return state
 
 
@@ -97,6 +98,9 @@ def test_every_tensor_arrives_where_its_name_says(released, converted):
     assert not stored
     layer = load_file(out / "released_alignment.safetensors")
     assert sorted(layer) == ["fuse_gate.bias", "fuse_gate.weight", "text_proj.bias", "text_proj.weight"]
+    aligner = load_file(out / "aligner.safetensors")
+    assert torch.equal(aligner["patchmax.projection.weight"], released[1]["aug.text_proj.weight"])
+    assert torch.equal(aligner["patchmax.projection.bias"], released[1]["aug.text_proj.bias"])
     assert "901 tensors of the network" in report and "25 dropped" in report and "criterion.ce_loss.weight" in report
     assert "swin_type=small" in report and "lr=0.0001" in report
     written = json.loads((out / "conversion.json").read_text())
@@ -158,7 +162,12 @@ def test_what_does_not_fit_is_told_at_once_and_nothing_is_written(released, tmp_
     ]
     state["pixel_decoder.lang_in_norm.bias"] = torch.ones(65)
     torch.save({"model": state}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"1 of another shape: pixel_decoder.lang_in_norm.bias \[65\] instead of"):
+    with pytest.raises(CheckpointError, match=r"1 of another shape: pixel_decoder.lang_in_norm.bias \[65\]"):
+        convert(tmp_path / "a.pth", tmp_path / "out", words)
+    state["aug.text_proj.bias"] = torch.ones(0)
+    del state["aug.fuse_gate.bias"]
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"(?s)missing: aug.fuse_gate.bias.*aug.text_proj.bias \[0\] instead of"):
         convert(tmp_path / "a.pth", tmp_path / "out", words)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
