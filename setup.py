@@ -57,14 +57,17 @@ class Toolkit:
     def _find(self) -> Path:
         given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         places = [Path(given) / "bin" / "nvcc"] if given else [
-            self.beside_torch / "bin" / "nvcc", Path(shutil.which("nvcc") or "/nowhere"), Path("/usr/local/cuda/bin/nvcc"),
+            self.beside_torch / "bin" / "nvcc", Path(shutil.which("nvcc") or "/nowhere"),
+            Path("/usr/local/cuda/bin/nvcc"),
         ]
         versions = []
         for nvcc in filter(Path.exists, places):
-            version = re.search(r"release (\d+)(\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+            answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            version = re.search(r"release (\d+)(\.\d+)", answer)
             if version and version[1] == self.major:
                 # The one on PATH can be a script that calls another: ask where the toolkit is.
-                told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, cwd=HERE).stderr
+                plan = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+                told = subprocess.run(plan, capture_output=True, text=True, cwd=HERE).stderr
                 top = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
                 return Path(top[1]).resolve() if top else nvcc.parent.parent
             versions.append(f"{nvcc} is of CUDA {version[1] + version[2] if version else 'unknown'}")
@@ -98,7 +101,9 @@ def architecture_flags() -> list[str]:
     flags = cpp_extension._get_cuda_arch_flags()
     old = [flag for flag in flags if int(re.findall(r"\d+", flag)[-1]) < 80]
     if old:
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 or newer, got {' '.join(old)}; AML_KERNELS_CUDA=0 builds without")
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: expected 8.0 or newer, got {' '.join(old)}; AML_KERNELS_CUDA=0 builds without"
+        )
     return flags
 
 
@@ -145,7 +150,7 @@ def extension():
             "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas",
             *define, f"-ffile-prefix-map={HERE}=.",
         ]},
-        # libtorch is not referenced by a symbol, and would be dropped; with it come the CUDA functions, where there are.
+        # libtorch is not referenced by a symbol, and would be dropped; with it come the CUDA functions, if any.
         extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
     )
     extension.libraries = ["c10", "torch_cpu"]

@@ -9,16 +9,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).with_name("emulation")))
 
-import build  # noqa: E402
 from emulated import Emulated, Failed  # noqa: E402
+
+import build  # noqa: E402
 
 EXAMPLES = (build.ROOT, (str(build.HERE / "examples.cu"),))
 SCHEDULES = {"plain": 12, "stepped": 12, "bounds": 2, "races": 2}
-MISTAKES = ("none", "no barrier", "no atomic", "no fence of the writer", "no fence of the reader", "beyond shared memory",
-            "beyond global memory", "misaligned")
+MISTAKES = (
+    "none", "no barrier", "no atomic", "no fence of the writer", "no fence of the reader", "beyond shared memory",
+    "beyond global memory", "misaligned",
+)
 WAITS = {
     "divergent": r"divergent barrier: others wait at examples.cu:\d+: block \d thread \d+ at examples.cu:\d+",
-    "deadlock": r"deadlock: 128 threads wait for ever; 63 of block 0 at examples.cu:\d+; 1 of block 0 at examples.cu:\d+",
+    "deadlock":
+        r"deadlock: 128 threads wait for ever; 63 of block 0 at examples.cu:\d+; 1 of block 0 at examples.cu:\d+",
     "finished lane": r"(a lane finished that is named in the mask|the mask names a lane that has finished)",
     "not in mask": r"the mask does not name the calling lane: block \d thread \d+ at examples.cu:\d+",
     "grid barrier": r"a barrier of the grid in a launch that is not cooperative",

@@ -15,15 +15,17 @@ CACHE = ROOT / ".cache" / "emulation"
 
 #: The kernels are compiled as for a GPU: a multiply-add is fused where it is written so, and nowhere else.
 FLAGS = (
-    "-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-DAML_EMULATED", "-DAML_FMA", "-DUSE_CUDA", "-Wall", "-Wextra",
-    "-Wno-unknown-pragmas",
+    "-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-DAML_EMULATED", "-DAML_FMA", "-DUSE_CUDA", "-Wall",
+    "-Wextra", "-Wno-unknown-pragmas",
 )
 
 #: Per kind of run: how to compile, how to link, and which libraries have to be loaded before anything else.
 MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "plain": ((), (), ()),
     "stepped": (("-fsanitize=thread", "-DAML_EMULATION_TRACE", "-fno-threadsafe-statics"), (), ()),
-    "bounds": (BOUNDS := ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"), BOUNDS, ("asan", "stdc++")),
+    "bounds": (
+        BOUNDS := ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"), BOUNDS, ("asan", "stdc++"),
+    ),
     "races": (RACES := ("-fsanitize=thread",), RACES, ("tsan", "stdc++")),
 }
 

@@ -9,16 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import build
 import torch
 from torch import Tensor
 
+import build
 from aml_kernels import _backend, _library
 
 WORKER = Path(__file__).with_name("worker.py")
 SCALAR_TYPES = {  # of PyTorch; see operator.h
-    torch.uint8: 0, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bool: 11,
-    torch.bfloat16: 15,
+    torch.uint8: 0, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.float64: 7,
+    torch.bool: 11, torch.bfloat16: 15,
 }
 SANITIZERS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
@@ -108,7 +108,9 @@ def converted(value, kind: str):
     kind = kind.removeprefix("Optional[").removesuffix("]")
     if value is None or isinstance(value, Tensor):
         return value
-    return [float(x) for x in value] if kind.startswith("List") else {"bool": bool, "int": int, "float": float}[kind](value)
+    if kind.startswith("List"):
+        return [float(x) for x in value]
+    return {"bool": bool, "int": int, "float": float}[kind](value)
 
 
 def pack(tensor: Tensor, buffers: dict[int, bytes]) -> tuple:

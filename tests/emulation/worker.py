@@ -73,7 +73,8 @@ class Library:
             buffer, offset, kind, sizes, strides = argument
             shape = ctypes.c_int64 * len(sizes)
             f.emulation_tensor(
-                ctypes.c_void_p(addresses[buffer] + offset), kind, ctypes.c_int64(len(sizes)), shape(*sizes), shape(*strides),
+                ctypes.c_void_p(addresses[buffer] + offset), kind, ctypes.c_int64(len(sizes)), shape(*sizes),
+                shape(*strides),
             )
 
     def _result(self, i: int) -> tuple[int, int, list[int], bytes]:
