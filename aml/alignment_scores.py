@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,11 +43,9 @@ def target_auc(similarity: Tensor, target: Tensor, valid: Tensor | None = None) 
     """
     result = []
     for values, mask in _samples(similarity, target, valid):
-        positives = mask.sum().double()
-        _, level, count = values.unique(return_inverse=True, return_counts=True)
-        middle_rank = count.cumsum(0).double() - (count - 1) / 2  # ties share the mean of their ranks, from 1
-        above = middle_rank[level[mask]].sum() - positives * (positives + 1) / 2
-        result.append(above / (positives * (mask.numel() - positives)))
+        others, positives = _sorted(values[~mask]), values[mask]
+        below, not_above = (torch.searchsorted(others, positives, right=right) for right in (False, True))
+        result.append((below.sum() + not_above.sum()).double() / (2 * len(others) * len(positives)))
     return torch.stack(result)
 
 
@@ -61,6 +60,12 @@ def target_below(similarity: Tensor, target: Tensor, limits: Tensor, valid: Tens
 def resized_map(similarity: Tensor, size: Sequence[int]) -> Tensor:
     """A map [B, h, w] at another size."""
     return F.interpolate(similarity.float()[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _sorted(values: Tensor) -> Tensor:
+    if values.is_cuda:
+        return values.sort().values
+    return torch.from_numpy(np.sort(values.detach().numpy()))  # five times as fast as PyTorch's
 
 
 def _samples(similarity: Tensor, target: Tensor, valid: Tensor | None) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""The command `aml`: train, eval, predict, convert, demo.
+"""The command `aml`: train, eval, predict, convert, alignment-report, demo.
 
 Imports of torch and its kin stand inside the commands, so that help and mistakes in settings show at once.
 Exit codes: 0 done, 1 the run failed, 2 a mistake of the user's, 128 + n stopped by signal n.
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from aml import __version__
+    from aml import __version__, alignment_report
 
     parser = _Parser(
         prog="aml",
@@ -135,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.usage = "aml convert CHECKPOINT.pth --out DIR [section.name=value ...]"
     convert.add_argument("file", metavar="CHECKPOINT.pth")
     convert.add_argument("--out", metavar="DIR", required=True, help="new folder, for eval and predict --checkpoint")
+
+    report = command(
+        "alignment-report", alignment_report.run, "Measure which similarity maps point at the target.", True
+    )
+    alignment_report.add_arguments(report)
 
     demo = command("demo", _demo, "Train and compare the strategies on rendered scenes; writes report.html.")
     demo.add_argument("--out", metavar="DIR", default="runs/demo", help="default: runs/demo")

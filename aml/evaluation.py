@@ -72,7 +72,7 @@ def evaluate(
         columns: dict[str, list] = {"sample_id": batch["sample_id"], **_counts(logits, target, batch["full_target"])}
         if aligner is not None:
             auc, left_out = alignment_scores(aligner.similarity(alignment), target, **aligner.limit)
-            wrong = [_wrong_sentence(dataset, index) for index in batch["index"].tolist()]
+            wrong = [wrong_sentence(dataset, index) for index in batch["index"].tolist()]
             wrong_tokens, wrong_mask = (tensor.to(device) for tensor in model.tokenize(wrong))
             wrong_map = aligner.similarity(model.encode(image, wrong_tokens, wrong_mask))
             wrong_auc, _ = alignment_scores(wrong_map, target, **aligner.limit)
@@ -156,7 +156,7 @@ def _perturbed(image: Tensor, model: RISModel, perturb: tuple[str, int], image_i
     return torch.stack(changed)
 
 
-def _wrong_sentence(dataset: RISDataset, index: int) -> str:
+def wrong_sentence(dataset: RISDataset, index: int) -> str:
     """A sentence about another photograph, from half the set away: a pure function of the set and the index."""
     expressions = dataset.expressions
     for step in range(len(expressions)):

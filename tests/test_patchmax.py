@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import golden
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from aml.assembly import build_aligner
+from aml.config import ConfigError, load
+from aml.models import MODELS
 from aml.models.base import AlignmentInputs
 from aml.patchmax import PROJECTIONS, RANDOM_DIM, PatchMax
 from aml_kernels import pixel_text_similarity
@@ -110,6 +114,15 @@ def test_seeds_and_states(projection):
 def test_words_that_the_model_does_not_tell():
     with pytest.raises(ValueError, match="words='attended'.*expected words or all"):
         PatchMax(12, 10, words="attended")(example(attended=False))
+
+
+def test_the_models_own_space_is_for_models_that_have_one():
+    config = load(None, ["alignment.projection=model"])
+    own, other = (SimpleNamespace(visual_dim=8, text_dim=8, shares_space=shares) for shares in (True, False))
+    assert build_aligner(config, own).patchmax(example(8, 8)).shape == (3, 6, 5)
+    with pytest.raises(ConfigError, match="alignment.projection=model: compact has no space"):
+        build_aligner(config, other)
+    assert [model.shares_space for model in MODELS.values()] == [name == "clipseg" for name in MODELS]
 
 
 @needs_golden

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from aml.alignment import AlignmentLoss
+from aml.models import FeatureTap
 from aml.models.base import AlignmentInputs
 from aml.strategies import STRATEGIES, BlockFilter, pixels_of_blocks, released_filter
 from aml_kernels import filter_regions, sample_quantile
@@ -211,6 +212,26 @@ def test_half_precision_of_stage_one_takes_no_gradient_away():
         loss, _ = aligner.training_step(model, batch(), 0)
     loss.backward()
     assert model.backbone[0].weight.grad is not None and model.backbone[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_takes_a_model_that_was_not_written_for_it(strategy):
+    class Foreign(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cnn, self.words, self.out = nn.Conv2d(3, 12, 8, 8), nn.Embedding(30, 10), nn.Linear(22, 1)
+
+        def forward(self, image, tokens, text_mask):
+            pixels = self.cnn(image).movedim(1, 3)
+            sentence = self.words(tokens).mean(1)[:, None, None].expand(*pixels.shape[:3], -1)
+            return self.out(torch.cat([pixels, sentence], 3))[..., 0]
+
+    net = Foreign()
+    aligner = build(strategy, quantile=0.5)[1]
+    loss, record = aligner.training_step(FeatureTap(net, visual="cnn", text="words"), batch(), 0)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in (*net.parameters(), *aligner.parameters()))
+    assert (record["kept"] < 1) == (strategy != "none")
 
 
 def test_released_is_the_mean_of_a_clean_and_a_filtered_pass():

@@ -1,0 +1,134 @@
+"""`aml alignment-report`: which similarity maps point at the target, and what filtering by them leaves out of it.
+
+    <out>/report.md        tables, and how to make them again
+    <out>/scores.png       AUC of each map, and share of the target lost per quantile
+    <out>/maps.png         maps over images
+    <out>/results.json     all numbers, one record per sentence
+    <out>/scenes/          the data, where none were given: rendered scenes
+
+Any model and data set: encoder features are all that is read. Neither the model nor its decoder is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from aml.alignment_tables import markdown
+
+TRAIN_SCENES, VAL_SCENES, SCENE_SIZE = 200, 60, 192
+EPILOG = """\
+examples:
+  aml alignment-report --out runs/alignment                               # rendered scenes, the default model
+  aml alignment-report --data DIR --out runs/alignment model.name=caris   # as its pretrained encoders are
+  aml alignment-report --checkpoint runs/first --out runs/alignment       # a trained model, and its own map
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "aml alignment-report --out DIR [--data DIR | --checkpoint DIR] [options] [section.name=value ...]"
+    parser.epilog = EPILOG
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the report")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data; default: the run's, or rendered scenes")
+    parser.add_argument("--checkpoint", metavar="DIR", help="a run directory or checkpoint: its model and its own map")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--train-split", default="train", help="what the trained pair learns from; default: train")
+    parser.add_argument("--steps", type=_count, default=100, help="of training the pair; 0: none; default: 100")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the pair; falls to 0; default: 3e-3")
+    parser.add_argument("--seeds", type=_count, default=3, help="of the untrained projections; default: 3")
+    parser.add_argument("--sentences", type=_count, default=400, help="at most, spread over the split; default: 400")
+    parser.add_argument("--pictures", type=_count, default=4, help="sentences in maps.png; default: 4")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, write the folder, print the main table."""
+    import torch
+
+    from aml import alignment_figures, alignment_maps, assembly, checkpoint, config, predict
+    from aml.models import build_model
+
+    out = Path(options.out)
+    folder = checkpoint.resolve(options.checkpoint) if options.checkpoint else None
+    words = [f"data.root={options.data}"] if options.data else []
+    settings = config.load(folder and folder / "config.yaml", [*words, *options.settings])
+    if not settings.data.root:
+        settings = config.load(None, [f"data.root={_render(out / 'scenes')}", *options.settings])
+    refer = assembly.open_data(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(settings.train.seed)
+    model = predict.load_model(folder) if folder else build_model(**settings.model.options())
+    model = model.to(device).eval()
+    dataset = assembly.build_dataset(settings, refer, model, options.split, train=False)
+    batch_size = settings.train.batch_size
+
+    maps: dict[str, list[Any]] = {}
+    if folder:
+        aligner = assembly.build_aligner(settings, model)
+        checkpoint.load_weights(folder, aligner=aligner)
+        maps["of this run"] = [aligner.patchmax.to(device)]
+    if options.steps:
+        lessons = assembly.build_dataset(settings, refer, model, options.train_split, train=False)
+        training = {"steps": options.steps, "batch_size": 2 * batch_size, "lr": options.lr, "device": device}
+        maps |= alignment_maps.trained_maps(model, lessons, dim=settings.alignment.dim, **training)
+    maps |= alignment_maps.untrained_maps(model, max(options.seeds, 1), device)
+
+    count = min(options.sentences or len(dataset), len(dataset))
+    indices = [i * len(dataset) // count for i in range(count)]
+    measuring: dict[str, Any] = {"batch_size": batch_size, "device": device}
+    records = alignment_maps.measure(model, dataset, maps, indices=indices, **measuring)
+    results = {
+        "command": _command(options),
+        "model": settings.model.name,
+        "image_size": model.image_size,
+        "data": settings.data.dataset if options.data or folder else "rendered scenes",
+        "split": options.split,
+        "sentences": len(records),
+        "images": len({record["image_id"] for record in records}),
+        "steps": options.steps,
+        "quantiles": list(alignment_maps.QUANTILES),
+        "maps": {
+            name: [alignment_maps.summary(records, name, seed) for seed in range(len(seeds))]
+            for name, seeds in maps.items()
+        },
+        "literal": alignment_maps.literal_summary(records),
+        "released": alignment_maps.released_shares(),
+        "records": records,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    text = markdown(results)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    alignment_figures.draw_scores(out / "scores.png", results)
+    if options.pictures:
+        step = max(count // options.pictures, 1)
+        shown = [indices[i] for i in range(step // 2, count, step)][: options.pictures]
+        alignment_figures.draw_maps(out / "maps.png", model, dataset, maps, shown, device)
+    print(text.split("\n## ")[0].strip())
+    print(f"\nwrote {out / 'report.md'}")
+    return 0
+
+
+def _render(folder: Path) -> Path:
+    from aml.data.scenes import render_scenes
+
+    return render_scenes(folder, train=TRAIN_SCENES, val=VAL_SCENES, image_size=SCENE_SIZE, seed=0)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The call, with the options that differ from their defaults; folders by their last part."""
+    words = ["aml alignment-report"]
+    for name, default in (("split", "val"), ("train_split", "train"), ("steps", 100), ("lr", 3e-3), ("seeds", 3)):
+        if getattr(options, name) != default:
+            words.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
+    for name in ("data", "checkpoint", "out"):
+        if getattr(options, name):
+            words.append(f"--{name} {Path(getattr(options, name)).name}")
+    return " ".join([*words, *options.settings])
