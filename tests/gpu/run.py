@@ -158,7 +158,7 @@ def run(part: Part, log: Path, remaining: float) -> dict:
 
 
 def tail(text: str, lines: int = 25) -> str:
-    return "\n".join("    " + x for x in text.splitlines()[-lines:])
+    return "\n".join("    " + (x if len(x) < 200 else x[:195] + " ...") for x in text.splitlines()[-lines:])
 
 
 def line(name: str, result: dict) -> str:

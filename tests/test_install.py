@@ -1,0 +1,111 @@
+"""What setup.py decides to build and says about it. Nothing is compiled here; `make test-wheel` and CI do that."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+READ = ("AML_KERNELS_CUDA", "AML_KERNELS_EXTENSION", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+needs_cuda_in_torch = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
+
+
+def setup(*arguments, **variables):
+    """Run setup.py, by default with a command that builds nothing, as if no GPU were here."""
+    environment = {name: value for name, value in os.environ.items() if name not in READ}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in variables.items()}
+    command = [sys.executable, "setup.py", *(arguments or ("--version",))]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def refused(run, *words):
+    assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr
+    for word in words:
+        assert word in run.stderr, f"{word!r} is not in: {run.stderr}"
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A CUDA toolkit that can tell its version, and what else has to be there; no compiler."""
+
+    def make(release):
+        for name in ("include/cuda_runtime.h", "include/cooperative_groups.h", "include/cuda_bf16.h",
+                     "lib64/libcudart_static.a", "bin/nvcc"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        says = f"echo 'Cuda compilation tools, release {release}, V{release}.1'; echo '#$ TOP={tmp_path}' >&2"
+        (tmp_path / "bin/nvcc").write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / "bin/nvcc").chmod(0o755)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("name", ("AML_KERNELS_CUDA", "AML_KERNELS_EXTENSION"))
+def test_other_values_are_refused(name):
+    refused(setup(**{name: "yes"}), f"{name}: expected 0, 1 or nothing, got 'yes'")
+
+
+def test_cuda_kernels_without_the_extension_are_refused():
+    refused(setup(AML_KERNELS_CUDA="1", AML_KERNELS_EXTENSION="0"), "AML_KERNELS_EXTENSION=0", "AML_KERNELS_CUDA=1")
+
+
+def test_a_forced_build_without_nvcc_says_what_to_install(tmp_path):
+    run = setup(AML_KERNELS_CUDA="1", CUDA_HOME=tmp_path)
+    refused(run, "AML_KERNELS_CUDA=1: the CUDA kernels cannot be built")
+    if torch.version.cuda is None:
+        assert "install one for CUDA" in run.stderr
+    else:
+        refused(run, "nvcc was not found", str(tmp_path), 'pip install "cuda-toolkit[nvcc,cccl]', "CUDA_HOME")
+
+
+def test_without_nvcc_it_says_so_and_goes_on(tmp_path):
+    run = setup(CUDA_HOME=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "building without CUDA kernels" in run.stderr and "install" in run.stderr
+
+
+@pytest.mark.parametrize("variables", ({"AML_KERNELS_CUDA": "0"}, {"AML_KERNELS_EXTENSION": "0"}), ids=str)
+def test_who_wants_no_cuda_kernels_hears_nothing_of_them(variables, tmp_path):
+    run = setup(**variables, CUDA_HOME=tmp_path)
+    assert run.returncode == 0 and "CUDA kernels" not in run.stderr, run.stderr
+
+
+@needs_cuda_in_torch
+def test_a_toolkit_of_another_major_version_does_not_fit(toolkit):
+    run = setup(AML_KERNELS_CUDA="1", CUDA_HOME=toolkit("9.2"))
+    refused(run, "is of CUDA 9.2", f"needs CUDA {torch.version.cuda.partition('.')[0]}", "pip install")
+
+
+@needs_cuda_in_torch
+@pytest.mark.parametrize(("variables", "built"), (
+    ({}, "8.0, 9.0, 10.0+PTX"), ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "9.0"),
+    ({"TORCH_CUDA_ARCH_LIST": "8.6;9.0+PTX"}, "8.6, 9.0+PTX"),
+), ids=str)
+def test_architectures(variables, built, toolkit):
+    run = setup(CUDA_HOME=toolkit(torch.version.cuda), **variables)
+    assert run.returncode == 0 and f"building CUDA kernels for {built} with" in run.stderr, run.stderr
+
+
+@needs_cuda_in_torch
+def test_gpus_that_the_kernels_are_not_written_for_are_refused(toolkit):
+    run = setup(CUDA_HOME=toolkit(torch.version.cuda), TORCH_CUDA_ARCH_LIST="7.5;9.0")
+    refused(run, "TORCH_CUDA_ARCH_LIST: expected 8.0 or newer", "AML_KERNELS_CUDA=0")
+
+
+def test_a_source_distribution_holds_all_that_a_build_reads(tmp_path):
+    run = setup("-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, AML_KERNELS_CUDA="0")
+    assert run.returncode == 0, run.stderr
+    archive, = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    needed = [path for folder in ("csrc", "aml_kernels", "aml") for path in (ROOT / folder).rglob("*")
+              if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")]
+    missing = {str(path.relative_to(ROOT)) for path in needed} - held
+    assert needed and not missing, f"not in the archive: {sorted(missing)}"
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= held
+    assert not any(name.endswith(".so") for name in held)
