@@ -1,0 +1,45 @@
+"""The CUDA operators pass the tests of the other back ends, run on the CPU: their source, one fibre per CUDA thread."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import test_aml_loss
+import test_masked_loss
+import test_masking
+import test_quantile
+import test_region_filter
+import test_similarity
+import torch
+
+sys.path.insert(0, str(Path(__file__).with_name("emulation")))
+
+from emulated import Emulated, in_place_of_triton  # noqa: E402
+
+import build  # noqa: E402
+
+for module in (test_quantile, test_similarity, test_masked_loss, test_masking, test_aml_loss, test_region_filter):
+    for name, function in list(vars(module).items()):
+        if name.startswith("test_") and "backend" in inspect.signature(function).parameters:
+            globals()[f"test_{module.__name__.removeprefix('test_')}_{name.removeprefix('test_')}"] = function
+
+
+@pytest.fixture(scope="module", params=[pytest.param("triton", id="cuda")])
+def backend(conditions):
+    """The name under which the operators are called, see in_place_of_triton."""
+    if reason := build.missing("plain"):
+        pytest.skip(reason)
+    emulated = Emulated("plain")
+    with in_place_of_triton(emulated) as name:
+        yield name
+    emulated.close()
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """In place of conftest's: tensors stay on the CPU, on a machine with a GPU too."""
+    if request.node.get_closest_marker("fp64") or torch.float64 in request.node.callspec.params.values():
+        pytest.skip("takes no fp64")
+    if request.node.get_closest_marker("large"):
+        pytest.skip("takes too long under emulation")
