@@ -47,9 +47,10 @@ def main() -> None:
 
 
 def build(folder: Path) -> Path:
-    """A wheel for every CPython from 3.10, with the extension in it."""
+    """A wheel for every CPython from 3.10, with the extension in it; for one kind of GPU, where nvcc is at hand."""
     command = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".")
-    run(sys.executable, *command, cwd=ROOT, AML_KERNELS_EXTENSION="1")
+    gpus = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
+    run(sys.executable, *command, cwd=ROOT, AML_KERNELS_EXTENSION="1", TORCH_CUDA_ARCH_LIST=gpus)
     wheel, = folder.iterdir()
     assert "-cp310-abi3-" in wheel.name, f"expected an abi3 wheel for CPython 3.10, got {wheel.name}"
     binaries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
