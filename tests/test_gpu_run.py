@@ -86,6 +86,14 @@ def test_an_unknown_part_is_refused(tmp_path, capsys):
     assert "memcheck" in capsys.readouterr().err
 
 
+def test_what_the_environment_lacks_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(driver.NEEDED, "hypothesis", (10**6, 1))
+    monkeypatch.setitem(driver.NEEDED, "no_such_package", (1,))
+    with pytest.raises(SystemExit):
+        driver.main(["--out", str(tmp_path)])
+    assert "pip install 'hypothesis>=1000000.1' 'no_such_package>=1'" in capsys.readouterr().err
+
+
 def test_the_plan_names_what_exists(tmp_path):
     planned = driver.parts(tmp_path)
     assert len({p.name for p in planned}) == len(planned)

@@ -9,6 +9,7 @@ environment; what has passed there is not run again, so that a run that was cut 
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -28,7 +29,7 @@ OPERATORS = (
     "similarity", "quantile", "masked_loss", "aml_loss", "region_filter", "masking", "bad_input", "registration",
     "golden",
 )
-NEEDED = ("torch", "pytest", "hypothesis", "setuptools")
+NEEDED = {"torch": (2, 10), "pytest": (8,), "hypothesis": (6,), "setuptools": (77,)}  #: and their oldest versions
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9, help="for all parts together (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        parser.error(f"{sys.executable} lacks {', '.join(lacking)}: python -m pip install {' '.join(lacking)}")
+    if lacking := [f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in NEEDED.items() if version(name) < oldest]:
+        parser.error(f"{sys.executable} lacks {', '.join(lacking)}: pip install {' '.join(map(repr, lacking))}")
     folder = options.out.resolve() / key()
     planned = make(folder)
     if unknown := set(options.only) - {part.name for part in planned}:
@@ -122,6 +123,14 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
         print(line(part.name, results[part.name]), flush=True)
     print(f"\n{sum(r['state'] == 'passed' for r in results.values())} of {len(planned)} parts have passed")
     return int(any(results.get(part.name, {}).get("state") not in ("passed", "missing") for part in planned))
+
+
+def version(package: str) -> tuple[int, ...]:
+    """Major and minor; (0,) if it is not installed."""
+    try:
+        return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return (0,)
 
 
 def run(part: Part, log: Path, remaining: float) -> dict:
