@@ -9,11 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).with_name("emulation")))
 
+import builds  # noqa: E402
 from emulated import Emulated, Failed  # noqa: E402
 
-import build  # noqa: E402
-
-EXAMPLES = (build.ROOT, (str(build.HERE / "examples.cu"),))
+EXAMPLES = (builds.ROOT, (str(builds.HERE / "examples.cu"),))
 SCHEDULES = {"plain": 12, "stepped": 12, "bounds": 2, "races": 2}
 MISTAKES = (
     "none", "no barrier", "no atomic", "no fence of the writer", "no fence of the reader", "beyond shared memory",
@@ -37,21 +36,21 @@ def emulated():
     started = {}
 
     def get(mode: str) -> Emulated:
-        if reason := build.missing(mode):
+        if reason := builds.missing(mode):
             pytest.skip(reason)
         if mode not in started:
             started[mode] = Emulated(mode, *EXAMPLES)
         return started[mode]
 
-    if not build.missing("plain"):
-        for mode in build.MODES:
-            build.start(mode, *EXAMPLES)
+    if not builds.missing("plain"):
+        for mode in builds.MODES:
+            builds.start(mode, *EXAMPLES)
     yield get
     for each in started.values():
         each.close()
 
 
-@pytest.fixture(params=build.MODES)
+@pytest.fixture(params=builds.MODES)
 def run(request, emulated) -> Emulated:
     each = emulated(request.param)
     each.seed = 0

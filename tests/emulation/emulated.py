@@ -9,10 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import builds
 import torch
 from torch import Tensor
 
-import build
 from aml_kernels import _backend, _library
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -53,7 +53,7 @@ class Worker:
 
     def _start(self) -> None:
         environment = os.environ | SANITIZERS
-        if libraries := build.preloaded(self._mode):
+        if libraries := builds.preloaded(self._mode):
             environment["LD_PRELOAD"] = " ".join(libraries)
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
@@ -77,10 +77,11 @@ class Emulated:
     """
 
     def __init__(self, mode: str, *sources, resident_blocks: int = 4) -> None:
-        """sources: as for build.start, where they are not the package's own."""
+        """sources: as for builds.start, where they are not the package's own."""
         self.mode, self.resident_blocks, self.seed = mode, resident_blocks, 0
         self.last: dict = {}  #: what the last call said: launches, counts of bytes
-        self._worker = Worker(build.library(mode, *sources), mode)
+        self.launched: set[str] = set()  #: the kernels that any call launched
+        self._worker = Worker(builds.library(mode, *sources), mode)
 
     def __call__(self, operator: str, *arguments):
         schema = getattr(torch.ops.aml_kernels, operator).default._schema
@@ -92,6 +93,7 @@ class Emulated:
         packed = [pack(value, buffers) if isinstance(value, Tensor) else value for value in arguments]
         reply = self._worker.call(operator, packed, list(buffers.values()), self.seed, self.resident_blocks)
         schedule, self.seed, self.last = self.seed, self.seed + 1, reply
+        self.launched.update(reply["launches"])
         if reply["error"]:
             raise Failed(f"{operator}, schedule {schedule}: {reply['error']}")
         if reply["changed"]:

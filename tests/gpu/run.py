@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9, help="for all parts together (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if lacking := [f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in NEEDED.items() if version(name) < oldest]:
+    lacking = [f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in NEEDED.items() if version(name) < oldest]
+    if lacking:
         parser.error(f"{sys.executable} lacks {', '.join(lacking)}: pip install {' '.join(map(repr, lacking))}")
     folder = options.out.resolve() / key()
     planned = make(folder)
