@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 
 import golden
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from aml.alignment import AlignmentLoss
+from aml.config import load
 from aml.models import FeatureTap
 from aml.models.base import AlignmentInputs
+from aml.runlog import read_log
 from aml.strategies import STRATEGIES, BlockFilter, pixels_of_blocks, released_filter
+from aml.training import train
 from aml_kernels import filter_regions, sample_quantile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -303,7 +308,6 @@ def digest(tensor: torch.Tensor) -> str:
 def test_released_step_of_the_tiny_caris(tmp_path, monkeypatch):
     """Similarity, masking, both passes and the gradients of one step, through the strategy as a run uses it."""
     from aml.assembly import build_aligner
-    from aml.config import load
     from aml.models.caris_keys import official_name
 
     tensors, meta = golden.read("tiny_model")
@@ -337,3 +341,37 @@ def test_released_step_of_the_tiny_caris(tmp_path, monkeypatch):
     assert len(stored) == 19
     for name, expected in stored.items():
         assert golden.largest_difference(found[name], expected) <= 4e-5 * expected.abs().max(), name
+
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strategies")
+    tiny.write_data(folder / "data")
+    tiny.write_text_encoder(folder / "encoder")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["alignment.strategy=image", "alignment.block_size=16", "alignment.warmup=0.5", "train.precision=bf16"],
+        ["alignment.strategy=random_blocks", "alignment.block_size=16", "alignment.projection=shared"],
+        ["alignment.preset=paper", "alignment.words=attended", "train.compile=true"],
+        ["alignment.strategy=released"],
+    ],
+    ids=lambda words: words[0].partition("=")[2],
+)
+def test_a_run_of_every_kind_logs_the_gauges(place, words, request):
+    out = place / request.node.callspec.id
+    train(load(None, tiny.settings(place / "data", place / "encoder", out, "train.steps=4", "train.keep=1", *words)))
+    lines = read_log(out / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "train"]
+    for name in ("loss", "kept", "target_left_out", "iou", "bce", "dice"):
+        assert all(math.isfinite(line[name]) for line in steps), name
+    assert math.isfinite(steps[-1]["threshold"]) and (steps[0]["kept"] == 1) == ("alignment.warmup=0.5" in words)
+    evaluated = lines[-1]
+    assert evaluated["kind"] == "eval" and 0 <= evaluated["auc"] <= 1 and 0 <= evaluated["auc_wrong_sentence"] <= 1
+    assert evaluated["area_ratio"] >= 0 and 0 <= evaluated["target_left_out"] <= 1
