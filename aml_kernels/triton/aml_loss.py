@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .masked_loss import masked_loss
 from .similarity import pixel_text_similarity
+from .tensors import FLOATS, check
 
 
 def aml_loss(
@@ -11,6 +12,7 @@ def aml_loss(
     map_valid: Tensor | None, normalize: bool, scale: float, softmax: bool, thresholds: Tensor | None,
     threshold: float | None, quantile: float | None, *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check("visual", visual, FLOATS, (len(logits), None, None, None))
     similarity = pixel_text_similarity(visual, text, text_mask, normalize, scale, softmax)
     limited = thresholds is not None or threshold is not None or quantile is not None
     loss, sums, counts = masked_loss(

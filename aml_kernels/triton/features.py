@@ -10,7 +10,7 @@ from .tensors import FLOATS, as_bytes, check, extent, index_type
 
 # 64 pixels by 32 words are a matrix product for 8 warps, by 32 channels at a time: two steps of the tensor cores, and
 # few enough that a thread holds what it needs for the norms. More words than 32 take more rounds over the pixels, which
-# are in the cache by then.
+# are in the cache by then. The next channels are on their way while these are multiplied.
 PIXELS, WORDS, CHANNELS, WARPS = 64, 32, 32, 8
 if INTERPRETED:  # whose time goes by operations, not by their size
     PIXELS, CHANNELS = 256, 512
@@ -101,5 +101,6 @@ def features(
     largest = (channels - 1) * strides[1] + (pixels - 1) * strides[2]
     return arguments, samples, pixels, {
         "NORMALIZE": normalize, "PIXELS": PIXELS, "WORDS": WORDS, "CHANNELS": CHANNELS,
-        "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS, "enable_fp_fusion": False,
+        "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS, "num_stages": 2,
+        "enable_fp_fusion": False,
     }

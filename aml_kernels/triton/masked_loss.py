@@ -15,13 +15,13 @@ from .tensors import as_bytes, check_limit, check_loss, loss_index_type, plane
 
 __all__ = ["masked_loss", "masked_loss_backward"]
 
-# A warp reads 2 rows of 128 pixels, 8 to a thread: 16 bytes of 16-bit logits. 4 tiles to a program are work enough to
-# pay for its coordinates of columns and its final sums, and few enough for several programs on every multiprocessor.
-TILE_ROWS, TILE_COLUMNS, TILES, WARPS = 8, 128, 4, 4
+# 8 rows of 128 pixels are 8 pixels to each thread of 4 warps: 16 bytes of 16-bit logits. Logits of another size come
+# from the cache, four to a pixel; 4 pixels to a thread leave room in its registers for that. 32 rows to a program are
+# work enough to pay for its coordinates of columns and its final sums, and leave several programs to a multiprocessor.
+TILE_ROWS, RESIZED_TILE_ROWS, TILE_COLUMNS, PROGRAM_ROWS, WARPS = 8, 4, 128, 32, 4
 if INTERPRETED:  # whose time goes by operations, not by their size
-    TILE_ROWS = 32
-PROGRAM_ROWS = TILE_ROWS * TILES
-RUN = 8
+    TILE_ROWS, RESIZED_TILE_ROWS, PROGRAM_ROWS = 32, 32, 128
+RUN = 4  # pixels in one thread that are added up before they are added to what it keeps
 PARTIALS = 128  # that the last program of a sample adds up at a time
 MEAN, SUM, NONE = (tl.constexpr(i) for i in range(3))
 SUMS, COUNTS = 7, 4
@@ -86,7 +86,7 @@ def forward_kernel(
 
     bce_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS // RUN), tl.float32)
     p_sum, y_sum, py_sum = bce_sum, bce_sum, bce_sum
-    packed = tl.zeros((TILE_ROWS, TILE_COLUMNS // RUN), tl.int32)  # five counts of at most TILES * RUN
+    packed = tl.zeros((TILE_ROWS, TILE_COLUMNS // RUN), tl.int32)  # five counts of at most PROGRAM_ROWS
     first = part // column_tiles * PROGRAM_ROWS
     for start in range(first, tl.minimum(first + PROGRAM_ROWS, rows), TILE_ROWS):
         y = start + tl.arange(0, TILE_ROWS).to(INDEX)[:, None]
@@ -203,6 +203,7 @@ def masked_loss(
     check_loss(logits, target, similarity, valid)
     check_limit("similarity", similarity, map_valid, thresholds, quantile, len(logits))
     samples, rows, columns = target.shape
+    resized = logits.shape[-2:] != target.shape[-2:]
     sums = logits.new_empty((samples, SUMS), dtype=torch.float32)
     counts = logits.new_empty((samples, COUNTS), dtype=torch.int64)
     loss = logits.new_empty((samples,) if reduction == NONE else (), dtype=torch.float32)
@@ -214,12 +215,11 @@ def masked_loss(
             *plane(logits), *plane(target)[:4], *plane(similarity), *plane(valid)[:4],
             samples, rows, columns, bce_weight, dice_weight, negative_weight, positive_weight, smooth, loss, sums,
             counts, sums.new_empty(samples * parts * 4), tickets.new_empty(samples * parts * 5),
-            sums.new_empty(samples), tickets, PROTECT=protect_target,
-            RESIZED=logits.shape[-2:] != target.shape[-2:],
+            sums.new_empty(samples), tickets, PROTECT=protect_target, RESIZED=resized,
             MAP_RESIZED=similarity is not None and similarity.shape[-2:] != target.shape[-2:], REDUCTION=reduction,
             INDEX=loss_index_type(logits, target, similarity, valid), SUMS=SUMS, COUNTS=COUNTS,
-            TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, PROGRAM_ROWS=PROGRAM_ROWS, PARTIALS=PARTIALS, RUN=RUN,
-            num_warps=WARPS, enable_fp_fusion=False,
+            TILE_ROWS=RESIZED_TILE_ROWS if resized else TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS,
+            PROGRAM_ROWS=PROGRAM_ROWS, PARTIALS=PARTIALS, RUN=RUN, num_warps=WARPS, enable_fp_fusion=False,
         )
     return loss, sums, counts
 

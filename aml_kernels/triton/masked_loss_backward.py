@@ -89,10 +89,13 @@ def backward_kernel(
 
 @triton.jit
 def window(first, last, source, destination, INDEX: tl.constexpr):
-    """The destination indices that elements [first, last) of the source take part in, with align_corners."""
+    """The destination indices that elements [first, last) of the source take part in, with align_corners.
+
+    Index i is at i (source - 1) / (destination - 1), which must be between first - 1 and last, both exclusive.
+    """
     steps = tl.maximum(source - 1, 1)
-    start = tl.maximum(first - 1, 0).to(INDEX) * (destination - 1) // steps
-    stop = tl.minimum(last.to(INDEX) * (destination - 1) // steps + 1, destination)
+    start = tl.where(first > 0, (first - 1).to(INDEX) * (destination - 1) // steps + 1, 0)
+    stop = tl.maximum((last.to(INDEX) * (destination - 1) + steps - 1) // steps, 1)
     return start.to(tl.int32), tl.where(last >= source, destination, stop).to(tl.int32)
 
 
@@ -175,7 +178,7 @@ def resized_backward_kernel(
 def cells_per_program(source: int, destination: int, most: int, chunk: int) -> int:
     """As many cells as make for the fewest pixels per cell, of which whole chunks are computed."""
     ratio = (destination - 1) / max(source - 1, 1)
-    pixels = {n: -(-((n + 1) * ratio + 1) // chunk) * chunk for n in range(1, most + 1)}
+    pixels = {n: -(-(n + 1) * ratio // chunk) * chunk for n in range(1, most + 1)}
     return min((n for n in pixels if n == 1 or pixels[n] <= LARGEST_WINDOW), key=lambda n: (pixels[n] / n, -n))
 
 

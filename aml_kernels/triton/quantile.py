@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import multiply_add, widen
+from .tensors import FLOATS, as_bytes, check
 
 BINS = tl.constexpr(256)
 NO_KEY = tl.constexpr(0xFFFFFFFF)
@@ -230,7 +231,7 @@ def digits_kernel(
     if LEVEL == 0:
         tl.atomic_add(counts + 4 * BINS, nans.to(tl.int64))
     if LEVEL == 3:
-        tl.atomic_max(counts + 4 * BINS + 1, (NO_KEY - beyond).to(tl.int64))
+        tl.atomic_max(counts + 4 * BINS + 1, (tl.full((), NO_KEY, tl.uint32) - beyond).to(tl.int64))
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def finish_kernel(
     histogram, place, key, blends, weight, exists = descend_counts(
         counts, fraction(q, q_each, q_stride, sample), 4, INTERPOLATION, RANK_IN_FP64,
     )
-    beyond = NO_KEY - tl.load(counts + 4 * BINS + 1).to(tl.uint32)
+    beyond = tl.full((), NO_KEY, tl.uint32) - tl.load(counts + 4 * BINS + 1).to(tl.uint32)
     next_key = tl.where(blends, key_after(histogram, place, key, beyond), key)
     result = blend(from_ordered_key(key), from_ordered_key(next_key), weight, INTERPOLATION)
     tl.store(out + sample, tl.where(exists & (tl.load(counts + 4 * BINS) == 0), result, float("nan")))
@@ -253,9 +254,15 @@ def sample_quantile(
     rank_in_fp64: bool,
 ) -> Tensor:
     """One launch for short samples, five for long ones. What cannot be seen as `[B, N]` is copied once."""
+    if values.dtype not in FLOATS or values.dim() == 0 or values.numel() == 0:
+        raise ValueError(f"values: expected [B, ...] in fp32, bf16 or fp16, got {list(values.shape)} in {values.dtype}")
     samples = values.shape[0]
+    if q_per_sample is not None:
+        check("q", q_per_sample, (torch.float32,), (samples,))
+    if valid is not None:
+        check("valid", valid, (torch.bool, torch.uint8), tuple(values.shape))
     values = values.reshape(samples, -1)
-    valid = None if valid is None else valid.reshape(samples, -1).view(torch.uint8)
+    valid = None if valid is None else as_bytes(valid).reshape(samples, -1)
     count = values.shape[1]
     where = (values, *values.stride(), valid, *((0, 0) if valid is None else valid.stride()), count)
     which = (q, q_per_sample, 0 if q_per_sample is None else q_per_sample.stride(0))
