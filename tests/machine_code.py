@@ -1,0 +1,172 @@
+"""What nvcc made of the CUDA kernels: registers, shared memory, spills and loads, read from the machine code.
+
+`python tests/machine_code.py` prints the table of docs/verification.md. It takes the built extension where that holds
+CUDA kernels, and else compiles csrc/cuda/*.cu with nvcc, without PyTorch.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SHARED_OF_PROCESSOR = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+REGISTERS_OF_PROCESSOR = 1 << 16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    architecture: str
+    registers: int
+    shared: int  #: bytes
+    stack: int  #: bytes of local memory, which is where registers are spilled to
+    opcodes: Counter
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches the whole of `pattern`."""
+        return sum(number for opcode, number in self.opcodes.items() if re.fullmatch(pattern, opcode))
+
+    @property
+    def wide_loads(self) -> int:
+        return self.count(r"LDG\.E(\.\w+)*\.(128|256)(\.\w+)*")
+
+    @property
+    def wide_stores(self) -> int:
+        return self.count(r"STG\.E(\.\w+)*\.(128|256)(\.\w+)*")
+
+    @property
+    def local_accesses(self) -> int:
+        return self.count(r"(LDL|STL)(\..+)?")
+
+    @property
+    def double_instructions(self) -> int:
+        return self.count(r"D(ADD|MUL|FMA|SETP|MNMX)(\..+)?|.*\.F64(\..+)?|.*64H(\..+)?")
+
+    def blocks_per_processor(self, threads: int) -> int:
+        """How many blocks of that many threads a multiprocessor runs at once."""
+        registers = -(-self.registers // 8) * 8 * threads  # given out to warps in eights per thread
+        shared = self.shared + 1024  # which the system takes
+        most_threads = 2048 // threads
+        return min(REGISTERS_OF_PROCESSOR // registers, SHARED_OF_PROCESSOR[self.architecture] // shared, most_threads)
+
+
+@functools.cache
+def tool(name: str) -> str | None:
+    """cuobjdump, from PATH or from triton; the disassembler it calls lies beside it."""
+    if found := shutil.which(name):
+        return found
+    triton = importlib.util.find_spec("triton")
+    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name if triton and triton.origin else None
+    return str(path) if path and path.exists() else None
+
+
+@functools.cache
+def built() -> Path | None:
+    """The extension, if it has code for all of ARCHITECTURES."""
+    from aml_kernels import _backend
+
+    if _backend.CUDA_MISSING:
+        return None
+    has = {f"sm_{name.partition('+')[0].replace('.', '')}" for name in _backend._C.cuda_architectures()}
+    return Path(_backend._C.__file__) if has >= set(ARCHITECTURES) else None
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is nothing to read."""
+    if tool("cuobjdump") is None:
+        return "needs cuobjdump, which comes with CUDA and with triton"
+    if shutil.which("c++filt") is None:
+        return "needs c++filt, which comes with binutils"
+    if built() is None and shutil.which("nvcc") is None:
+        return "needs nvcc: the extension was built without CUDA, or not for " + ", ".join(ARCHITECTURES)
+    return None
+
+
+def _compiled(source: Path, architecture: str) -> Path:
+    """The machine code of one .cu. The stand-ins for PyTorch's headers are those of the emulator."""
+    folders = [ROOT / "csrc" / "common", ROOT / "csrc" / "cuda"]
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    version = subprocess.run(["nvcc", "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(version + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    result = ROOT / ".cache" / "machine_code" / digest / f"{source.stem}.{architecture}.cubin"
+    if not result.exists():
+        result.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = result.with_suffix(f".{os.getpid()}.tmp")
+        subprocess.run(
+            ["nvcc", "-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA", f"-I{ROOT / 'tests' / 'emulation'}", "-cubin",
+             f"-arch={architecture}", str(source), "-o", str(unfinished)],
+            check=True, capture_output=True, text=True,
+        )
+        unfinished.rename(result)
+    return result
+
+
+def _dump(option: str, path: Path, architecture: str) -> str:
+    selected = [] if path.suffix == ".cubin" else ["-arch", architecture]
+    return subprocess.run(
+        [str(tool("cuobjdump")), option, *selected, str(path)], check=True, capture_output=True, text=True,
+    ).stdout
+
+
+def _readable(names: list[str]) -> dict[str, str]:
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = [re.sub(r"\(.*|^void |aml::cuda::|\(anonymous namespace\)::", "", line) for line in plain.splitlines()]
+    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "f16") for name in short]
+    return dict(zip(names, short, strict=True))
+
+
+def _read(path: Path, architecture: str) -> list[Kernel]:
+    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _dump("-res-usage", path, architecture)))
+    names = _readable(list(usage))
+    kernels = []
+    for part in _dump("-sass", path, architecture).split("Function : ")[1:]:
+        mangled = part.split(None, 1)[0]
+        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[mangled])}
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
+        kernels.append(Kernel(
+            names[mangled], architecture, numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"],
+            Counter(opcodes),
+        ))
+    return kernels
+
+
+@functools.cache
+def kernels() -> list[Kernel]:
+    """All kernels for all architectures."""
+    if built():
+        pairs = [(built(), architecture) for architecture in ARCHITECTURES]
+    else:
+        work = [(source, arch) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for arch in ARCHITECTURES]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            cubins = pool.map(lambda item: _compiled(*item), work)
+        pairs = [(cubin, architecture) for cubin, (_, architecture) in zip(cubins, work, strict=True)]
+    found = {(k.name, k.architecture): k for path, architecture in pairs for k in _read(path, architecture)}
+    return [found[key] for key in sorted(found)]
+
+
+def table() -> str:
+    """Markdown: a row per kernel, the architectures' figures beside each other."""
+    rows = ["| kernel | registers | shared bytes | spilled bytes | 128-bit loads |", "|---|--:|--:|--:|--:|"]
+    by_name: dict[str, list[Kernel]] = {}
+    for kernel in kernels():
+        by_name.setdefault(kernel.name, []).append(kernel)
+    for name, each in by_name.items():
+        each.sort(key=lambda kernel: ARCHITECTURES.index(kernel.architecture))
+        figures = zip(*((k.registers, k.shared, k.stack, k.wide_loads) for k in each), strict=True)
+        cells = (str(f[0]) if len(set(f)) == 1 else " / ".join(map(str, f)) for f in figures)
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(missing() or table())

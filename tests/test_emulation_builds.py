@@ -1,0 +1,96 @@
+"""Every CUDA kernel under many schedules, and in the builds that look for accesses out of bounds and for data races."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import test_aml_loss
+import test_masked_loss
+import test_region_filter
+import test_similarity
+import torch
+from helpers import coin, loss_inputs, normal, same_bits
+
+from aml_kernels import sample_quantile
+
+sys.path.insert(0, str(Path(__file__).with_name("emulation")))
+
+import builds  # noqa: E402
+from emulated import Emulated, in_place_of_triton  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("conditions")
+
+#: Both kinds of seeds, see tests/emulation/scheduler.h. What the last two find does not depend on the schedule.
+SCHEDULES = {"plain": range(12), "stepped": range(4), "bounds": range(1, 3), "races": range(1, 3)}
+
+
+def quantile(backend, samples, length, dtype):
+    values, valid = normal(1, samples, length, dtype=dtype), coin(2, samples, length, share=0.8)
+    for mask in (None, valid):
+        actual = sample_quantile(values, 0.3, valid=mask, backend=backend)
+        assert same_bits(actual, sample_quantile(values, 0.3, valid=mask, backend="reference"))
+
+
+def similarity(backend, size, dtype, layout="contiguous", **options):
+    layouts = (layout, "cut", "sliced")
+    test_similarity.check(backend, *test_similarity.features(size, dtype, layouts), **options)
+
+
+def loss(backend, dtype, logits, target, map=(5, 7), samples=2, layouts=("cut", "sliced"), masks=True, **options):
+    inputs = loss_inputs(batch=samples, logits=logits, target=target, map=map, dtype=dtype, layouts=layouts)
+    test_masked_loss.check(backend, inputs, masks=masks, **{"quantile": 0.4, "protect_target": True, **options})
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CASES = {
+    "quantile, one block": lambda b: quantile(b, 3, 1001, F16),
+    "quantile, team": lambda b: quantile(b, 1, 3 * 16384, BF16),
+    "similarity along cells": lambda b: similarity(b, ((2, 37, 6, 12), 6), F32),
+    "similarity along channels": lambda b: similarity(b, ((2, 40, 6, 11), 6), BF16, "transposed"),
+    "similarity of single features": lambda b: similarity(b, ((2, 37, 5, 7), 6), F16, "sliced", softmax=True, scale=5),
+    "similarity of many words": lambda b: similarity(b, ((1, 70, 5, 16), 77), F32),
+    "loss of packed rows, fp32": lambda b: loss(b, F32, (24, 32), (24, 32), layouts=("contiguous",), masks=False),
+    "loss of packed rows, bf16": lambda b: loss(b, BF16, (24, 32), (24, 32), layouts=("contiguous",), masks=False),
+    "loss of any strides": lambda b: loss(b, F16, (21, 33), (21, 33)),
+    "loss of small logits": lambda b: loss(b, BF16, (9, 11), (34, 42)),
+    "loss of large logits": lambda b: loss(b, F32, (40, 37), (17, 23), threshold=0.1, quantile=None),
+    "loss by a long map": lambda b: loss(b, F32, (40, 72), (40, 72), map=(130, 131)),
+    "loss of samples each": lambda b: loss(b, F32, (12, 16), (12, 16), samples=5, reduction="none"),
+    "both in one": lambda b: test_aml_loss.test_against_the_textbook(b, "quarter", BF16),
+    "both in one, at once": lambda b: test_aml_loss.test_is_the_operators_one_after_the_other(
+        b, {"quantile": 0.3}, "same", F32
+    ),
+    "region filter": lambda b: test_region_filter.test_the_same_on_every_back_end(b),
+    "region filter of bytes": lambda b: test_region_filter.test_fill_and_types(b, torch.uint8),
+}
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def run(request):
+    mode = request.param
+    if reason := builds.missing(mode):
+        pytest.skip(reason)
+    for other in SCHEDULES:
+        if not builds.missing(other):
+            builds.start(other)
+    emulated = Emulated(mode)
+    with in_place_of_triton(emulated) as name:
+        yield emulated, name
+    emulated.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_schedule(run, case):
+    emulated, backend = run
+    for seed in SCHEDULES[emulated.mode]:
+        emulated.seed = seed
+        CASES[case](backend)
+
+
+def test_every_kernel_was_run(run):
+    """By the cases above, in this build."""
+    emulated, _ = run
+    sources = "".join(path.read_text() for path in (builds.ROOT / "csrc" / "cuda").glob("*.cuh"))
+    kernels = set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", sources))
+    assert len(kernels) > 5 and emulated.launched >= kernels, kernels - emulated.launched
