@@ -61,8 +61,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCal
     const int tiles = call.similarity.tiles, all = int(call.loss.samples) * tiles;
     for (int i = blockIdx.x; i < all; i += gridDim.x) {
       const int sample = i / tiles;
-      similarity_tile<T>(call.similarity, sample, (i - sample * tiles) * kTileCells,
-                         call.map + int64_t(sample) * call.similarity.cells, shared.tile);
+      similarity_tile<T>(call.similarity, sample, (i - sample * tiles) * kTileCells, call.map, shared.tile);
     }
   });
   const StripRun run(call.loss);

@@ -46,7 +46,7 @@ struct SimilarityCall {
     return true;
   }
 
-  __device__ bool is_word(int64_t sample, int word) const {
+  __device__ bool is_word(int sample, int word) const {
     if (word >= words) return false;
     return !text_mask.data || static_cast<const uint8_t*>(text_mask.data)[sample * text_mask.sample_stride + word * text_mask.column_stride];
   }
@@ -67,7 +67,7 @@ struct SimilarityCall {
 template <class T>
 class FeatureBlock {
  public:
-  __device__ FeatureBlock(const SimilarityCall& call, int64_t sample)
+  __device__ FeatureBlock(const SimilarityCall& call, int sample)
       : call_(call), data_(static_cast<const T*>(call.visual.data) + sample * call.visual.sample_stride) {}
 
   // Cells from `first` on, channels from `channel` on; zero where there are none.
@@ -100,27 +100,29 @@ class FeatureBlock {
     }
   }
 
+  // A cell has one column in all channels of a pack, which lie within eight.
   __device__ __forceinline__ void put(float (&features)[kTileChannels][kRow]) const {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const Pack<T> pack = bit_cast<Pack<T>>(raw_[i]);
       if (call_.reading == Reading::cells) {
+        const int column = feature_column(other(i), packed());
 #pragma unroll
         for (int e = 0; e < kWidth; e += 4) {
           Pack<float, 4> four;
 #pragma unroll
           for (int k = 0; k < 4; ++k) four.value[k] = to_float(pack.value[e + k]);
-          store<4>(&features[other(i)][feature_column(other(i), packed() + e)], four);
+          store<4>(&features[other(i)][column ^ e], four);
         }
+      } else if (call_.reading == Reading::channels) {
+        const int column = feature_column(packed(), other(i));
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) features[packed() + e][column] = to_float(pack.value[e]);
       } else {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          const float value = to_float(pack.value[e]);
-          if (call_.reading == Reading::channels) {
-            features[packed() + e][feature_column(packed() + e, other(i))] = value;
-          } else {
-            features[single_channel(i * kWidth + e)][feature_column(single_channel(i * kWidth + e), single_cell())] = value;
-          }
+          const int at = i * kWidth + e;
+          features[single_channel(at)][feature_column(at * kSingleStep, single_cell())] = to_float(pack.value[e]);
         }
       }
     }
@@ -153,7 +155,7 @@ class FeatureBlock {
 };
 
 // Lists the real words among [first, first + kTileWords) and returns how many there are. Ends with a barrier.
-__device__ inline int list_words(const SimilarityCall& call, int64_t sample, int first, int32_t (&index)[kTileWords]) {
+__device__ inline int list_words(const SimilarityCall& call, int sample, int first, int32_t (&index)[kTileWords]) {
   const int lane = threadIdx.x % kWarp;
   const unsigned real = __ballot_sync(kAllLanes, call.is_word(sample, first + lane));
   if (threadIdx.x < kWarp && (real >> lane & 1)) index[__popc(real & ((1u << lane) - 1))] = first + lane;
@@ -164,8 +166,8 @@ __device__ inline int list_words(const SimilarityCall& call, int64_t sample, int
 // A block of the listed words. Their squares are added up on the way.
 class WordBlock {
  public:
-  __device__ WordBlock(const SimilarityCall& call, int64_t sample, const int32_t* index, int count)
-      : call_(call), index_(index), count_(count), sample_(sample * call.text.sample_stride) {}
+  __device__ WordBlock(const SimilarityCall& call, int sample, const int32_t* index, int count)
+      : call_(call), index_(index), count_(count), sample_(sample) {}
 
   __device__ __forceinline__ void fetch(int channel) {
     const int c = channel + threadIdx.x % kWarp;
@@ -173,7 +175,7 @@ class WordBlock {
     for (int i = 0; i < kOwn; ++i) {
       if (i * kWarps >= count_) break;
       const bool real = word(i) < count_;
-      const int64_t offset = real ? index_[word(i)] * call_.text.row_stride + c * call_.text.column_stride : 0;
+      const int64_t offset = real ? sample_ * call_.text.sample_stride + index_[word(i)] * call_.text.row_stride + c * call_.text.column_stride : 0;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         bits_[i][k] = real && c + k * kWarp < call_.channels ? load_bits(offset + k * kWarp * call_.text.column_stride) : 0;
@@ -208,8 +210,8 @@ class WordBlock {
   static __device__ int word(int i) { return threadIdx.x / kWarp + i * kWarps; }
   // As they lie in memory: converting would wait for the load.
   __device__ uint32_t load_bits(int64_t offset) const {
-    return call_.text.type == Type::f32 ? static_cast<const uint32_t*>(call_.text.data)[sample_ + offset]
-                                        : static_cast<const uint16_t*>(call_.text.data)[sample_ + offset];
+    return call_.text.type == Type::f32 ? static_cast<const uint32_t*>(call_.text.data)[offset]
+                                        : static_cast<const uint16_t*>(call_.text.data)[offset];
   }
   __device__ float from_bits(uint32_t bits) const {
     switch (call_.text.type) {
@@ -222,7 +224,7 @@ class WordBlock {
   const SimilarityCall& call_;
   const int32_t* index_;
   const int count_;
-  const int64_t sample_;  // its place in memory
+  const int sample_;
   uint32_t bits_[kOwn][2];
   float square_[kOwn] = {};
 };

@@ -25,11 +25,13 @@ struct SimilarityTile {
 struct Products {
   Pack<float, 4> dot[kWordGroup] = {};
   Pack<float, 4> square = {};
-  int groups, group, share, shares, cell;
+  int group, share, shares, cell;
+
+  static __device__ int groups_of(int words) { return (words + kWordGroup - 1) / kWordGroup; }
 
   // Warps are divided among the groups of words; those of a group, and the halves of a warp, among the channels.
   __device__ explicit Products(int words) {
-    groups = (words + kWordGroup - 1) / kWordGroup;
+    const int groups = groups_of(words);
     group = threadIdx.x / kWarp % groups;
     shares = kSimilarityThreads / kWarp / groups * 2;
     share = threadIdx.x / kWarp / groups * 2 + threadIdx.x % kWarp / 16;
@@ -59,9 +61,9 @@ struct Products {
 
   // The sums over all shares, in order: tile.features[word][cell] and tile.square. As many shares at a time as there is
   // room for where the features were. Begins and ends with a barrier.
-  __device__ void combine(SimilarityTile& tile) const {
+  __device__ void combine(SimilarityTile& tile, int words) const {
     constexpr int kSums = (kTileWords + 1) * kTileCells / kSimilarityThreads + 1;
-    const int rows = groups * kWordGroup + 1, at_once = kTileChannels / rows;  // the last row: squares
+    const int rows = groups_of(words) * kWordGroup + 1, at_once = kTileChannels / rows;  // the last row: squares
     const int row = threadIdx.x / kTileCells, column = threadIdx.x % kTileCells;
     float sum[kSums] = {};
     for (int first = 0; first < shares; first += at_once) {
@@ -93,7 +95,7 @@ struct Products {
 // Compares the cells from `first` on with the real words among [first_word, first_word + kTileWords), and returns how
 // many there are. If any: tile.features[word][cell] become dot products; norms and squares are those of their vectors.
 template <class T>
-__device__ int compare_words(const SimilarityCall& call, int64_t sample, int first, int first_word, SimilarityTile& tile) {
+__device__ int compare_words(const SimilarityCall& call, int sample, int first, int first_word, SimilarityTile& tile) {
   const int count = list_words(call, sample, first_word, tile.index);
   if (count == 0) return 0;
   FeatureBlock<T> features(call, sample);
@@ -113,7 +115,7 @@ __device__ int compare_words(const SimilarityCall& call, int64_t sample, int fir
     products.add(tile, min(kTileChannels, call.channels - channel));
   }
   words.put_norms(tile.inverse_norm);
-  products.combine(tile);
+  products.combine(tile, count);
   return count;
 }
 
@@ -125,7 +127,7 @@ __device__ __forceinline__ float inverse_norm_of_cell(const SimilarityCall& call
 
 // What the words seen so far are to one cell.
 struct BestWord {
-  int32_t word = -1;                     // the most similar one; -1: there was no word
+  int32_t word = -1;                    // the most similar one; -1: there was no word
   float dot = 0, score = 0, total = 0;  // its product as a unit vector, its score; sum of exp(score of a word - score)
 
   static __device__ float score_of(const SimilarityCall& call, float dot, float norm) { return call.scale * (dot * norm); }
@@ -146,10 +148,10 @@ struct BestWord {
   }
 };
 
-// Writes similarity[first ...] of a sample for the cells of a tile. All threads of the block take part; `tile` may not be
-// in use before, and may be afterwards.
+// Writes similarity[sample][first ...] for the cells of a tile. All threads of the block take part; `tile` may not be in
+// use before, and may be afterwards.
 template <class T>
-__device__ void similarity_tile(const SimilarityCall& call, int64_t sample, int first, float* similarity, SimilarityTile& tile) {
+__device__ void similarity_tile(const SimilarityCall& call, int sample, int first, float* similarity, SimilarityTile& tile) {
   const int cell = first + int(threadIdx.x);
   const bool has_cell = threadIdx.x < kTileCells && cell < call.cells;
   BestWord best;
@@ -158,15 +160,14 @@ __device__ void similarity_tile(const SimilarityCall& call, int64_t sample, int 
     if (has_cell && count > 0) best.update(call, tile, count, inverse_norm_of_cell(call, tile.square[threadIdx.x]));
     __syncthreads();  // the tile's memory is free again
   }
-  if (has_cell) similarity[cell] = call.softmax && best.word >= 0 ? 1.0f / best.total : best.score;
+  if (has_cell) similarity[int64_t(sample) * call.cells + cell] = call.softmax && best.word >= 0 ? 1.0f / best.total : best.score;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_forward(SimilarityCall call, float* similarity) {
   AML_SHARED(tile, SimilarityTile);
-  const int64_t sample = int(blockIdx.x) / call.tiles;
-  const int first = int(blockIdx.x) % call.tiles * kTileCells;
-  similarity_tile<T>(call, sample, first, similarity + sample * call.cells, tile);
+  const int sample = int(blockIdx.x) / call.tiles, first = int(blockIdx.x) % call.tiles * kTileCells;
+  similarity_tile<T>(call, sample, first, similarity, tile);
 }
 
 // One launch, no scratch. `similarity`: contiguous [samples, cells].

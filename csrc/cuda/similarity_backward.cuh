@@ -24,7 +24,7 @@ struct GradientTile {
 __device__ __forceinline__ int padded(int count) { return (count + kWordGroup - 1) / kWordGroup * kWordGroup; }
 
 // The listed words' coefficients for the cells from `first` on; zero where there is no cell or no word.
-__device__ inline void stage_coefficients(const SimilarityCall& call, const SimilarityScratch& scratch, int64_t sample,
+__device__ inline void stage_coefficients(const SimilarityCall& call, const SimilarityScratch& scratch, int sample,
                                           int first, int count, GradientTile& tile) {
   const int cell = first + int(threadIdx.x) % kTileCells;
   const int64_t cells = call.cells, at = sample * cells + cell;
@@ -34,7 +34,7 @@ __device__ inline void stage_coefficients(const SimilarityCall& call, const Simi
   for (int j = threadIdx.x / kTileCells; j < padded(count); j += kSimilarityThreads / kTileCells) {
     float value = 0;
     if (exists && j < count) {
-      value = call.softmax ? scratch.coefficient[(sample * call.words + tile.index[j]) * cells + cell]
+      value = call.softmax ? scratch.coefficient[(int64_t(sample) * call.words + tile.index[j]) * cells + cell]
           : word == tile.index[j] ? coefficient : 0.0f;
     }
     tile.coefficient[j][threadIdx.x % kTileCells] = value;
@@ -42,13 +42,13 @@ __device__ inline void stage_coefficients(const SimilarityCall& call, const Simi
   if (threadIdx.x < kTileCells) tile.along[threadIdx.x] = exists ? scratch.along[at] : 0.0f;
 }
 
-__device__ __forceinline__ float unit_word(const SimilarityCall& call, const SimilarityScratch& scratch, int64_t sample,
+__device__ __forceinline__ float unit_word(const SimilarityCall& call, const SimilarityScratch& scratch, int sample,
                                            int word, int channel) {
-  return load_element(call.text, sample, word, channel) * scratch.inverse_norm[sample * call.words + word];
+  return load_element(call.text, sample, word, channel) * scratch.inverse_norm[int64_t(sample) * call.words + word];
 }
 
 // Unit vectors of the listed words, 64 channels from `channel` on.
-__device__ inline void stage_words(const SimilarityCall& call, const SimilarityScratch& scratch, int64_t sample, int channel,
+__device__ inline void stage_words(const SimilarityCall& call, const SimilarityScratch& scratch, int sample, int channel,
                                    int count, GradientTile& tile) {
   const int c = channel + threadIdx.x % kTileChannels;
   for (int j = threadIdx.x / kTileChannels; j < count; j += kSimilarityThreads / kTileChannels) {
@@ -84,9 +84,9 @@ struct FeatureGradient {
   }
 
   template <class T>
-  __device__ void write(const SimilarityBackwardCall& backward, int64_t sample, int first, int first_channel) const {
+  __device__ void write(const SimilarityBackwardCall& backward, int sample, int first, int first_channel) const {
     const int cells = backward.forward.cells, channels = backward.forward.channels;
-    T* out = static_cast<T*>(backward.grad_visual) + sample * cells * channels;
+    T* out = static_cast<T*>(backward.grad_visual) + int64_t(sample) * cells * channels;
     const int length = backward.channels_first ? cells : channels;  // of the contiguous axis
     const int outer = backward.channels_first ? first_channel + channel : first + cell;
     const int inner = backward.channels_first ? first + cell : first_channel + channel;
@@ -166,7 +166,7 @@ __device__ inline void store_element(void* data, Type type, int64_t offset, floa
 }
 
 // Adds up the parts of a sample's words, and goes through their normalisation. A warp takes one word after the other.
-__device__ inline void finish_words(const SimilarityBackwardCall& backward, const SimilarityScratch& scratch, int64_t sample) {
+__device__ inline void finish_words(const SimilarityBackwardCall& backward, const SimilarityScratch& scratch, int sample) {
   const SimilarityCall& call = backward.forward;
   const int64_t words = call.words, channels = call.channels, parts = backward.parts;
   for (int word = threadIdx.x / kWarp; word < words; word += kSimilarityThreads / kWarp) {
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
   const int part = block % parts;
   block /= parts;
   const int own = block % word_blocks;
-  const int64_t sample = block / word_blocks;
+  const int sample = block / word_blocks;
 
   const int share = (call.tiles + parts - 1) / parts, first_tile = part * share, last_tile = min(first_tile + share, call.tiles);
   const int own_count = list_words(call, sample, own * kTileWords, tile.index);
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
   for (int i = threadIdx.x; i < own_listed * kTileChannels; i += kSimilarityThreads) {
     const int j = i / kTileChannels, c = i % kTileChannels;
     if (channel + c < call.channels) {
-      scratch.sum[((sample * parts + part) * call.words + tile.index[j]) * call.channels + channel + c] = tile.features[j][c];
+      scratch.sum[((int64_t(sample) * parts + part) * call.words + tile.index[j]) * call.channels + channel + c] = tile.features[j][c];
     }
   }
   // The last block of a sample sees what all have written.

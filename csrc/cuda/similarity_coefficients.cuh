@@ -53,11 +53,12 @@ template <class T>
 __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients(SimilarityBackwardCall backward, SimilarityScratch scratch) {
   AML_SHARED(tile, SimilarityTile);
   const SimilarityCall& call = backward.forward;
-  const int64_t sample = int(blockIdx.x) / call.tiles, words = call.words, cells = call.cells;
+  const int sample = int(blockIdx.x) / call.tiles, words = call.words;
+  const int64_t cells = call.cells;
   const int first = int(blockIdx.x) % call.tiles * kTileCells, cell = first + int(threadIdx.x);
   const int64_t at = sample * cells + cell;
   const bool has_cell = threadIdx.x < kTileCells && cell < cells;
-  float* const products = scratch.coefficient + sample * words * cells + cell;  // with softmax, [words] x cells apart
+  float* const products = scratch.coefficient + int64_t(sample) * words * cells + cell;  // with softmax, [words] x cells apart
   float norm = 0;
   BestWord best;
   for (int word = 0; word < words; word += kTileWords) {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
       for (int j = 0; call.softmax && j < count; ++j) products[tile.index[j] * cells] = tile.features[j][threadIdx.x];
     }
     if (first == 0 && int(threadIdx.x) < count) {
-      scratch.inverse_norm[sample * words + tile.index[threadIdx.x]] = call.normalize ? tile.inverse_norm[threadIdx.x] : 1.0f;
+      scratch.inverse_norm[int64_t(sample) * words + tile.index[threadIdx.x]] = call.normalize ? tile.inverse_norm[threadIdx.x] : 1.0f;
     }
     __syncthreads();  // the tile's memory is free again
   }
