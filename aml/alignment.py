@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aml import strategies
+from aml.data.pixels import valid_cells
 from aml.models.base import AlignmentInputs
 from aml.patchmax import PatchMax
 from aml.strategies import BLOCK_STRATEGIES, PIXEL_STRATEGIES, STRATEGIES, BlockFilter
@@ -271,11 +271,10 @@ def _dropped_shares(dropped: Tensor, block_size: int, target: Tensor, valid: Ten
 
 
 def _valid_cells(alignment: AlignmentInputs, valid: Tensor | None) -> Tensor | None:
-    """As the model tells, or else cells of which at least half exists."""
+    """As the model tells, or else the cells that are picture."""
     if alignment.visual_valid is not None or valid is None:
         return alignment.visual_valid
-    rows, columns = alignment.visual.shape[2:]
-    return F.adaptive_avg_pool2d(valid.float(), (rows, columns)) >= 0.5
+    return valid_cells(valid, (alignment.visual.shape[2], alignment.visual.shape[3]))
 
 
 @contextmanager

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
 
 from aml.alignment import AlignmentLoss
 from aml.config import Config, ConfigError
 from aml.data.dataset import RISDataset
-from aml.data.refer import ReferDataset
+from aml.data.union import Annotations, open_dataset, read_skip_list
 from aml.models import RISModel
 
 
-def open_data(config: Config) -> ReferDataset:
-    """The annotations that the configuration names."""
+def open_data(config: Config) -> Annotations:
+    """The annotations that the configuration names; says how much of them `data.skip` leaves out."""
     data = config.data
     if not data.root:
         raise ConfigError(["data.root: no data given; use --data FOLDER or data.root=FOLDER"])
-    return ReferDataset(data.root, data.dataset, data.split_by, data.images, data.field)
+    skip = read_skip_list(data.skip) if data.skip else []
+    found = open_dataset(data.root, data.dataset, data.split_by, data.images, data.field, skip)
+    if data.skip and os.environ.get("RANK", "0") == "0":
+        print(f"data.skip={data.skip}: {found.skipped} objects left out of all splits", file=sys.stderr)
+    return found
 
 
 def build_dataset(
-    config: Config, refer: ReferDataset, model: RISModel, split: str, train: bool
+    config: Config, refer: Annotations, model: RISModel, split: str, train: bool
 ) -> RISDataset:
     """A split as the model takes it."""
     return RISDataset(
@@ -33,6 +39,7 @@ def build_dataset(
         train=train,
         seed=config.train.seed,
         augment=config.data.augment,
+        resize=config.data.resize,
     )
 
 

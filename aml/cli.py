@@ -1,4 +1,4 @@
-"""The command `aml`: train, eval, predict, convert, alignment-report, demo.
+"""The command `aml`: train, eval, predict, convert, alignment-report, data, demo.
 
 Imports of torch and its kin stand inside the commands, so that help and mistakes in settings show at once.
 Exit codes: 0 done, 1 the run failed, 2 a mistake of the user's, 128 + n stopped by signal n.
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from aml import __version__, alignment_report
+    from aml.data.commands import add_data_commands
 
     parser = _Parser(
         prog="aml",
@@ -140,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         "alignment-report", alignment_report.run, "Measure which similarity maps point at the target.", True
     )
     alignment_report.add_arguments(report)
+
+    add_data_commands(commands, argparse.RawDescriptionHelpFormatter)
 
     demo = command("demo", _demo, "Train and compare the strategies on rendered scenes; writes report.html.")
     demo.add_argument("--out", metavar="DIR", default="runs/demo", help="default: runs/demo")

@@ -116,10 +116,12 @@ class ModelConfig(_Section):
 @dataclass(frozen=True)
 class DataConfig(_Section):
     root: str = _setting("", "folder with annotations in the REFER layout; the same as --data")
-    dataset: str = _setting("refcoco", "sub-folder of the annotations: refcoco, refcoco+, refcocog, ...")
-    split_by: str | None = _setting(None, "which refs(<split_by>).p to read; null = the only one there")
+    dataset: str = _setting("refcoco", "refcoco, refcoco+, refcocog, grefcoco, rrsisd, union, or several a(unc),b(umd)")
+    split_by: str | None = _setting(None, "which refs(<split_by>) to read; null = the only one there")
     images: str | None = _setting(None, "folder of the images; null = <root>/[images/]train2014")
+    skip: str | None = _setting(None, "file that names images to leave out, as aml data check --bad writes it")
     field: Literal["sent", "raw"] = _setting("sent", "which text of an annotation is the sentence")
+    resize: Literal["squash", "letterbox"] = _setting("squash", "to a square: as published, or keeping the shape")
     augment: bool = _setting(True, "vary colour, scale and position; false lets frozen encoders see each image once")
 
 

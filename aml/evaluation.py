@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from aml.alignment import AlignmentLoss
 from aml.alignment_scores import alignment_scores
-from aml.data.dataset import RISDataset, collate
+from aml.data.dataset import RISDataset
+from aml.data.loading import loader
+from aml.data.pixels import at_own_size, valid_cells
 from aml.models.base import RISModel
 from aml.perturbations import perturb as perturb_image
 
@@ -58,24 +59,31 @@ def evaluate(
     was_training = model.training
     model.eval()
     chosen = range(len(dataset)) if indices is None else list(indices)
-    loader = DataLoader(Subset(dataset, chosen), batch_size, collate_fn=collate, num_workers=workers)
+    batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
     records: list[dict[str, Any]] = []
-    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
+    read = loader(dataset, batches, workers, device)
+    for batch in tqdm(read, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
         image = batch["image"]
         if perturb is not None:
             expressions = [dataset.expressions[index] for index in batch["index"].tolist()]
             image = _perturbed(image, model, perturb, [expression.image_id for expression in expressions])
         image, tokens, text_mask, target = (
-            tensor.to(device) for tensor in (image, batch["tokens"], batch["text_mask"], batch["target"])
+            tensor.to(device, non_blocking=True)
+            for tensor in (image, batch["tokens"], batch["text_mask"], batch["target"])
         )
+        valid = batch["valid"].to(device) if "valid" in batch else None
         logits, alignment = model(image, tokens, text_mask, return_alignment=True)
-        columns: dict[str, list] = {"sample_id": batch["sample_id"], **_counts(logits, target, batch["full_target"])}
+        columns: dict[str, list] = {"sample_id": batch["sample_id"]}
+        columns |= _counts(logits, target, valid, batch["full_target"], dataset.resize)
         if aligner is not None:
-            auc, left_out = alignment_scores(aligner.similarity(alignment), target, **aligner.limit)
+            similarity = aligner.similarity(alignment)
+            cells = None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
+            judged = {"valid": valid, "map_valid": cells, **aligner.limit}
+            auc, left_out = alignment_scores(similarity, target, **judged)
             wrong = [wrong_sentence(dataset, index) for index in batch["index"].tolist()]
             wrong_tokens, wrong_mask = (tensor.to(device) for tensor in model.tokenize(wrong))
             wrong_map = aligner.similarity(model.encode(image, wrong_tokens, wrong_mask))
-            wrong_auc, _ = alignment_scores(wrong_map, target, **aligner.limit)
+            wrong_auc, _ = alignment_scores(wrong_map, target, **judged)
             columns |= {
                 "auc": auc.tolist(),
                 "auc_wrong_sentence": wrong_auc.tolist(),
@@ -128,15 +136,19 @@ def counts(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (prediction & target).sum(pixels), (prediction | target).sum(pixels), target.sum(pixels)
 
 
-def _counts(logits: Tensor, target: Tensor, full_targets: Sequence[Tensor]) -> dict[str, list[int]]:
+def _counts(
+    logits: Tensor, target: Tensor, valid: Tensor | None, full_targets: Sequence[Tensor], resize: str
+) -> dict[str, list[int]]:
+    """At the input's size over what is photograph there, and at the photograph's own size."""
     names = ("intersection", "union", "target")
-    columns = {
-        name: c.tolist() for name, c in zip(names, counts(resized(logits, target.shape[1:]), target), strict=True)
-    }
-    full = [
-        torch.cat(counts(resized(logit[None], full_target.shape), full_target[None].to(logits.device))).tolist()
-        for logit, full_target in zip(logits, full_targets, strict=True)
-    ]
+    square = resized(logits, target.shape[1:])
+    square = square if valid is None else square.masked_fill(~valid, -torch.inf)
+    columns = {name: c.tolist() for name, c in zip(names, counts(square, target), strict=True)}
+    full = []
+    for logit, full_target in zip(logits, full_targets, strict=True):
+        height, width = full_target.shape
+        found = at_own_size(logit, height, width, target.shape[1], resize)
+        full.append(torch.cat(counts(found[None], full_target[None].to(logits.device))).tolist())
     return columns | {f"full_{name}": list(c) for name, c in zip(names, zip(*full, strict=True), strict=True)}
 
 

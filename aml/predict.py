@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from aml import checkpoint
 from aml.config import load as load_config
-from aml.evaluation import resized
+from aml.data.pixels import Box, at_own_size, padded, place, resized_image
 from aml.models import RISModel, build_model
 
 TINT = (255, 64, 96)
@@ -26,8 +26,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RISModel
     Raises CheckpointError where `path` is no complete checkpoint.
     """
     folder = checkpoint.resolve(path)
-    settings = dataclasses.replace(load_config(folder / "config.yaml").model, pretrained=False)
-    model = build_model(**settings.options())
+    settings = load_config(folder / "config.yaml")
+    model = build_model(**dataclasses.replace(settings.model, pretrained=False).options())
+    model.resize = settings.data.resize
     checkpoint.load_weights(folder, model=model)
     return model.to(device).eval()
 
@@ -54,13 +55,13 @@ def predict(model: RISModel, image: str | Path | Image.Image, sentence: str) -> 
         raise ValueError(f"sentence={sentence!r}: expected words that describe one object, like 'the black dog'")
     photo = image if isinstance(image, Image.Image) else load_photo(image)
     device = next(model.parameters()).device
-    square = photo.resize((model.image_size, model.image_size), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.asarray(square).copy()).to(device).permute(2, 0, 1) / 255
-    mean = torch.tensor(model.image_mean, device=device).view(3, 1, 1)
-    std = torch.tensor(model.image_std, device=device).view(3, 1, 1)
+    inside = place(photo.height, photo.width, model.image_size, model.resize)
+    pixels = resized_image(photo, Box(0, 0, photo.width, photo.height), (inside.height, inside.width))
+    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (model.image_mean, model.image_std))
+    square = torch.from_numpy(padded((pixels - mean) / std, inside, model.image_size)).to(device)
     tokens, text_mask = (tensor.to(device) for tensor in model.tokenize([sentence]))
-    logits = model(((pixels - mean) / std)[None], tokens, text_mask)
-    full = resized(logits, (photo.height, photo.width))[0]
+    logits = model(square[None], tokens, text_mask)
+    full = at_own_size(logits[0], photo.height, photo.width, model.image_size, model.resize)
     return (full > 0).cpu().numpy(), full.sigmoid().cpu().numpy()
 
 

@@ -30,7 +30,6 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from aml import __version__, checkpoint, evaluation
@@ -38,8 +37,9 @@ from aml.alignment import AlignmentLoss
 from aml.assembly import build_aligner, build_dataset, open_data
 from aml.config import Config, ConfigError, differences, load, to_yaml
 from aml.console import StopSignals, on_terminal
-from aml.data.dataset import EpochBatches, collate
-from aml.data.refer import ReferDataset
+from aml.data.dataset import EpochBatches
+from aml.data.loading import loader
+from aml.data.union import Annotations
 from aml.errors import NonFiniteLoss, ResumeError, Stopped
 from aml.models import RISModel, build_model
 from aml.runlog import RunLog, tensorboard_writer
@@ -105,7 +105,7 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
 class _Trainer:
     """The state of one run, and what is done with it: step, log, evaluate, save, restore."""
 
-    def __init__(self, config: Config, accelerator: accelerate.Accelerator, refer: ReferDataset):
+    def __init__(self, config: Config, accelerator: accelerate.Accelerator, refer: Annotations):
         settings = config.train
         self.config, self.accelerator, self.out = config, accelerator, Path(settings.out)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
@@ -193,16 +193,7 @@ class _Trainer:
                 yield from islice(batches, (self.steps_per_epoch - done) * accumulate)
                 done = 0
 
-        yield from DataLoader(
-            self.train_set,
-            batch_sampler=keys(),
-            collate_fn=collate,
-            num_workers=self.config.train.workers,
-            worker_init_fn=_let_the_parent_stop,
-            pin_memory=self.device.type == "cuda",
-            # A generator of its own: the loader would draw from the global one, which belongs to dropout.
-            generator=torch.Generator(),
-        )
+        yield from loader(self.train_set, keys(), self.config.train.workers, self.device)
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step of `accumulate` batches. Nothing here waits for the device."""
@@ -286,6 +277,7 @@ class _Trainer:
             batch_size=self.config.train.batch_size,
             aligner=self.aligner,
             indices=range(self.rank, len(self.val_set), self.world),
+            workers=self.config.train.workers,
             progress=self.is_main and on_terminal(),
         )
         metrics = evaluation.metrics(gather_object(records), self.val_set.sample_ids)
@@ -430,16 +422,6 @@ def _accelerator(config: Config) -> accelerate.Accelerator:
     if made.num_processes != launched:
         raise RuntimeError(f"WORLD_SIZE={launched}, but Accelerate sees {made.num_processes} process(es)")
     return made
-
-
-def _let_the_parent_stop(_: int) -> None:
-    """For loader processes: Ctrl-C and job schedulers signal all processes, but the main one decides."""
-
-    def ignore_once(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ignore_once)
 
 
 def _starting_point(config: Config, resume: bool) -> Path | None:

@@ -11,7 +11,7 @@ from aml.config import Config, ConfigError, OptimConfig, TrainConfig, describe, 
 SETTINGS = """
 model.name model.backbone model.backbone_weights model.text_encoder model.pretrained model.freeze_encoders
 model.image_size model.max_tokens model.keep_end model.dim model.layers model.gradient_checkpointing
-data.root data.dataset data.split_by data.images data.field data.augment
+data.root data.dataset data.split_by data.images data.skip data.field data.resize data.augment
 alignment.preset alignment.strategy alignment.projection alignment.dim alignment.words alignment.normalize
 alignment.softmax alignment.scale alignment.quantile alignment.threshold alignment.protect_target alignment.drop_ratio
 alignment.block_size alignment.max_dropped alignment.bce_weight alignment.dice_weight alignment.background_weight

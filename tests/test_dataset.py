@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from aml.data import dataset as dataset_module
+from aml.data import pixels
 from aml.data.dataset import EpochBatches, RISDataset, collate
 from aml.data.refer import ReferDataset
 from aml.data.scenes import render_scenes
+from aml.models.words import TokenizedModel
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden fixtures are not at {GOLDEN}")
@@ -88,25 +89,33 @@ def test_images_and_targets_match_golden_to_the_last_bit(split):
     np.testing.assert_array_equal(small["target"], arrays[f"{split}.sent0.target64"])
 
 
+class Words(TokenizedModel):
+    """As much of a model as tokenizes: 20 tokens, by the golden vocabulary."""
+
+    max_tokens = 20
+
+    def __init__(self, keep_end):
+        super().__init__()
+        self.keep_end, self.weight = keep_end, torch.nn.Parameter(torch.zeros(1))
+        vocabulary = str(GOLDEN / "refer_tiny" / "bert" / "vocab.txt")
+        self.set_tokenizer(pytest.importorskip("tokenizers").BertWordPieceTokenizer(vocabulary)._tokenizer)
+
+
 @needs_golden
 @pytest.mark.parametrize("split", ["train", "val", "testA", "testB"])
-def test_tokens_match_golden(split):
-    bert = pytest.importorskip("transformers").BertTokenizer(
-        str(GOLDEN / "refer_tiny" / "bert" / "vocab.txt")
-    )
-
-    def tokenize(sentences):  # cut by slicing, as the released program does
-        tokens = torch.zeros(len(sentences), 20, dtype=torch.int64)
-        for row, sentence in zip(tokens, sentences, strict=True):
-            ids = bert(sentence)["input_ids"][:20]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens, tokens > 0
-
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_tokens_match_golden(split, keep_end):
+    """Cut by slicing, as the released program does, or with [SEP] in the place of the last token."""
     refer = ReferDataset(GOLDEN / "refer_tiny")
-    data = RISDataset(refer, split, image_size=32, tokenize=tokenize, train=False, **IMAGENET)
+    options = {"image_size": 32, "tokenize": Words(keep_end).tokenize, "train": False} | IMAGENET
+    data = RISDataset(refer, split, **options)
     batch = collate([data[i] for i in range(len(data))])
     arrays = np.load(GOLDEN / "refer_data.npz")
-    np.testing.assert_array_equal(batch["tokens"], arrays[f"{split}.sent.input_ids"])
+    expected = arrays[f"{split}.sent.input_ids"].copy()
+    if keep_end:
+        assert (expected[:, -1] > 0).any() == (split == "train")  # only there a sentence is too long
+        expected[expected[:, -1] > 0, -1] = 3
+    np.testing.assert_array_equal(batch["tokens"], expected)
     np.testing.assert_array_equal(batch["text_mask"], arrays[f"{split}.sent.attention_mask"])
 
 
@@ -161,7 +170,7 @@ def test_items_are_as_documented(refer):
 
 def test_crops_move_picture_and_target_together_and_never_mirror(refer, monkeypatch):
     """Under the target lie the same colours as without the crop, near the place where they were."""
-    monkeypatch.setattr(dataset_module, "_COLOUR_RANGE", 0.0)
+    monkeypatch.setattr(pixels, "_COLOUR_RANGE", 0.0)
     moved, still = training_set(refer), training_set(refer, augment=False)
     shifts, changes = [], []
     for index in range(len(moved)):
@@ -182,13 +191,13 @@ def under_target(item) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_colours_change_little_and_stay_in_range(refer):
     rng = np.random.default_rng(0)
-    pixels = rng.random((3, 16, 16), dtype=np.float32)
-    jittered = dataset_module._jitter_colours(pixels, np.random.default_rng(1))
+    picture = rng.random((3, 16, 16), dtype=np.float32)
+    jittered = pixels.jitter_colours(picture, np.random.default_rng(1))
     assert jittered.dtype == np.float32 and jittered.min() >= 0 and jittered.max() <= 1
-    assert 0.01 < np.abs(jittered - pixels).mean() < 0.2
+    assert 0.01 < np.abs(jittered - picture).mean() < 0.2
     red = np.zeros((3, 4, 4), np.float32) + np.array([0.8, 0.2, 0.2], np.float32)[:, None, None]
     for seed in range(20):
-        shades = dataset_module._jitter_colours(red, np.random.default_rng(seed))
+        shades = pixels.jitter_colours(red, np.random.default_rng(seed))
         assert shades[0].min() > shades[1].max() and shades[0].min() > shades[2].max()
 
 
@@ -200,7 +209,7 @@ def test_crops_keep_the_whole_target(data):
     for _ in range(data.draw(st.integers(0, 3))):
         mask[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))] = 1
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    left, top, right, bottom = dataset_module._crop_around(mask, rng)
+    left, top, right, bottom = pixels.crop_around(mask, rng)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     assert mask[top:bottom, left:right].sum() == mask.sum()
     assert right - left >= 0.8 * width - 1 and bottom - top >= 0.8 * height - 1
@@ -211,7 +220,7 @@ def test_masks_are_resized_as_pillow_does():
     for size in (7, 32, 100):
         mask = (rng.random((45, 61)) < 0.5).astype(np.uint8)
         expected = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-        np.testing.assert_array_equal(dataset_module._resized_mask(mask, (0, 0, 61, 45), size), expected)
+        np.testing.assert_array_equal(pixels.resized_mask(mask, pixels.Box(0, 0, 61, 45), (size, size)), expected)
 
 
 # Evaluation items

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco_mask
+from refer_files import SQUARE, annotation, ref, write_refer
 
 from aml.data.plain_pickle import load_plain_pickle
 from aml.data.refer import ReferDataset
@@ -24,36 +25,6 @@ GOLDEN = FIXTURES / "golden"
 REAL = FIXTURES / "real_ris"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden fixtures are not at {GOLDEN}")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"real photographs are not at {REAL}")
-SQUARE = [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0]]
-
-
-def write_refer(root: Path, refs=None, annotations=None, split_by="unc") -> Path:
-    """A data set of one 8 x 10 image with two objects, unless told otherwise."""
-    folder, images = root / "refcoco", root / "images" / "train2014"
-    folder.mkdir(parents=True, exist_ok=True)
-    images.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (10, 8), "navy").save(images / "a.png")
-    if annotations is None:
-        annotations = [annotation(7), annotation(8)]
-    instances = {
-        "images": [{"id": 3, "file_name": "a.png", "height": 8, "width": 10}],
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "box"}],
-    }
-    (folder / "instances.json").write_text(json.dumps(instances))
-    refs = [ref(0, "train"), ref(1, "val")] if refs is None else refs
-    (folder / f"refs({split_by}).p").write_bytes(refs if isinstance(refs, bytes) else pickle.dumps(refs))
-    return root
-
-
-def annotation(annotation_id, segmentation=SQUARE):
-    return {"id": annotation_id, "image_id": 3, "category_id": 1, "iscrowd": 0, "segmentation": segmentation}
-
-
-def ref(ref_id, split, **changes):
-    sentences = [{"sent_id": 10 * ref_id + i, "sent": f"box {i}", "raw": f"Box {i}!"} for i in range(2)]
-    entry = {"ref_id": ref_id, "ann_id": 7, "image_id": 3, "split": split, "sentences": sentences}
-    return entry | {"file_name": "nowhere_7.jpg"} | changes
 
 
 # Parity with the released program

@@ -14,15 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from aml.data.refer import Expression, ReferDataset
+from aml.data.pixels import RESIZES, Box, crop_around, jitter_colours, padded, place, resized_image, resized_mask
+from aml.data.refer import Expression
+from aml.data.union import Annotations
 
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 
 # First word of each random stream's key, so that the order of an epoch and its samples are independent.
 _ORDER_STREAM, _ITEM_STREAM = 0, 1
-# Augmentation: at most this part of the picture is cut off at each side; colours change by this at most.
-_LARGEST_CUT = 0.1
-_COLOUR_RANGE = 0.2
 
 
 class RISDataset(Dataset):
@@ -33,9 +32,11 @@ class RISDataset(Dataset):
     Evaluation (`train=False`): one item per sentence, never augmented; the key is an int.
 
     An item is a dict:
-        image: float32 [3, S, S], squash-resized (bilinear with antialiasing), normalised by `mean` and `std`
+        image: float32 [3, S, S], resized (bilinear with antialiasing), normalised by `mean` and `std`; padding is 0
         tokens: int64 [L];  text_mask: bool [L], True for attended tokens: both as `tokenize` gives them
-        target: uint8 [S, S] of 0 and 1, resized by nearest neighbour
+        target: uint8 [S, S] of 0 and 1, resized by nearest neighbour; all 0 for a sentence without a target
+        valid: bool [S, S], False where there is padding (letterbox only): `valid` of `aml_kernels.masked_loss`, and
+            through `aml.data.pixels.valid_cells` its `map_valid`
         index: int;  sample_id: str
         full_target: uint8 [H, W] at the photo's own size (evaluation only)
 
@@ -49,6 +50,7 @@ class RISDataset(Dataset):
         train: one item per object (True) or per sentence (False).
         seed: of sentence choice and augmentation, not negative.
         augment: mild crop and colour jitter in training; never mirrored, as sentences say left and right.
+        resize: "squash" to S x S, as published results do, or "letterbox", which keeps the picture's shape.
 
     Raises (on reading an item):
         OSError: the image is missing or damaged; the message names file and sample.
@@ -57,7 +59,7 @@ class RISDataset(Dataset):
 
     def __init__(
         self,
-        refer: ReferDataset,
+        refer: Annotations,
         split: str,
         *,
         image_size: int,
@@ -67,11 +69,14 @@ class RISDataset(Dataset):
         train: bool,
         seed: int = 0,
         augment: bool = True,
+        resize: str = "squash",
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size={image_size}: expected at least 1")
+        if resize not in RESIZES:
+            raise ValueError(f"resize={resize!r}: expected one of {', '.join(RESIZES)}")
         self.refer, self.split, self.image_size, self.train = refer, split, image_size, train
-        self.seed, self.augment = _checked_seed(seed), augment
+        self.seed, self.augment, self.resize = _checked_seed(seed), augment, resize
         self.expressions = refer.expressions(split)
         self._tokens, self._text_mask = _tokenized(tokenize, [e.sentence for e in self.expressions])
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -92,8 +97,8 @@ class RISDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) that changes with annotations, split, sentences and their order."""
-        digest = hashlib.sha256(f"{self.refer.fingerprint}\n{self.split}\n{self.train}\n".encode())
+        """SHA-256 (hexadecimal) that changes with annotations, split, sentences and their order, and `resize`."""
+        digest = hashlib.sha256(f"{self.refer.fingerprint}\n{self.split}\n{self.train}\n{self.resize}\n".encode())
         for expression in self.expressions:
             digest.update(f"{expression.sample_id}\t{expression.sentence}\n".encode())
         return digest.hexdigest()
@@ -111,32 +116,35 @@ class RISDataset(Dataset):
         expression = self.expressions[position]
         image = self._open_image(expression)
         mask = self.refer.mask(expression)
-        box = _crop_around(mask, rng) if self.augment else (0, 0, image.width, image.height)
-        pixels = _resized_image(image, box, self.image_size)
-        if self.augment:
-            pixels = _jitter_colours(pixels, rng)
-        return {
-            "image": torch.from_numpy((pixels - self._mean) / self._std),
-            "target": torch.from_numpy(_resized_mask(mask, box, self.image_size)),
-            **self._labels(position, index),
-        }
+        box = crop_around(mask, rng) if self.augment else Box(0, 0, image.width, image.height)
+        return self._square(image, mask, box, rng if self.augment else None) | self._labels(position, index)
 
     def _evaluation_item(self, key: Any) -> dict[str, Any]:
         if not isinstance(key, int) or not 0 <= key < len(self):
             raise IndexError(f"key={key!r}: this evaluation set is indexed by 0 to {len(self) - 1}")
         expression = self.expressions[key]
         # The sentences of one object follow each other: its picture is read once, three times as fast in all.
-        if self._last_photo[0] != expression.ref_id:
+        if self._last_photo[0] != expression.ref_key:
             image = self._open_image(expression)
             mask = self.refer.mask(expression)
-            box = (0, 0, image.width, image.height)
-            pixels = (_resized_image(image, box, self.image_size) - self._mean) / self._std
-            self._last_photo = (expression.ref_id, pixels, _resized_mask(mask, box, self.image_size), mask)
-        photo = {
-            name: torch.from_numpy(array.copy())
-            for name, array in zip(("image", "target", "full_target"), self._last_photo[1:], strict=True)
-        }
+            square = self._square(image, mask, Box(0, 0, image.width, image.height))
+            self._last_photo = (expression.ref_key, square | {"full_target": torch.from_numpy(mask)})
+        photo = {name: tensor.clone() for name, tensor in self._last_photo[1].items()}
         return photo | self._labels(key, key)
+
+    def _square(
+        self, image: Image.Image, mask: np.ndarray, box: Box, jitter: np.random.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """The box of photograph and mask as the model takes them; colours change where a generator is given."""
+        inside = place(box.height, box.width, self.image_size, self.resize)
+        size = (inside.height, inside.width)
+        pixels = resized_image(image, box, size)
+        if jitter is not None:
+            pixels = jitter_colours(pixels, jitter)
+        arrays = {"image": (pixels - self._mean) / self._std, "target": resized_mask(mask, box, size)}
+        if self.resize == "letterbox":
+            arrays["valid"] = np.ones(size, bool)
+        return {name: torch.from_numpy(padded(a, inside, self.image_size)) for name, a in arrays.items()}
 
     def _labels(self, position: int, index: int) -> dict[str, Any]:
         return {
@@ -152,7 +160,10 @@ class RISDataset(Dataset):
             with Image.open(expression.image_path) as file:
                 image = file.convert("RGB")
         except Exception as error:  # decoders raise many types for damaged files
-            raise OSError(f"{where} was not read ({error}); get the file again") from error
+            raise OSError(
+                f"{where} was not read ({error}); get the file again, or leave it out:"
+                "  aml data check DATA --bad bad.txt  lists all such files, data.skip=bad.txt leaves them out"
+            ) from error
         if image.size != (expression.width, expression.height):
             raise ValueError(
                 f"{where} is {image.width} x {image.height}, its annotations say {expression.width} x"
@@ -161,18 +172,16 @@ class RISDataset(Dataset):
         return image
 
     def _positions_by_ref(self) -> list[list[int]]:
-        groups: dict[int, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for position, expression in enumerate(self.expressions):
-            groups.setdefault(expression.ref_id, []).append(position)
+            groups.setdefault(expression.ref_key, []).append(position)
         return list(groups.values())
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Batch of samples: tensors stacked, `index` as int64 [B]; `sample_id` and `full_target` stay lists."""
-    batch: dict[str, Any] = {
-        name: torch.stack([item[name] for item in items])
-        for name in ("image", "tokens", "text_mask", "target")
-    }
+    stacked = [name for name in ("image", "tokens", "text_mask", "target", "valid") if name in items[0]]
+    batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in stacked}
     batch["index"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
     for name in ("sample_id", "full_target"):
         if name in items[0]:
@@ -253,42 +262,3 @@ def _tokenized(tokenize: Tokenize, sentences: list[str]) -> tuple[Tensor, Tensor
     if tokens.ndim != 2 or len(tokens) != count:
         raise ValueError(f"tokenize: expected [{count}, L] for {count} sentences, got {list(tokens.shape)}")
     return tokens, text_mask
-
-
-def _crop_around(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Random box (left, top, right, bottom) that cuts a little off each side, but never into the target."""
-    height, width = mask.shape
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if not len(columns):
-        columns, rows = np.arange(width), np.arange(height)
-    left, right = rng.uniform(0, _LARGEST_CUT * width, 2).astype(int)
-    top, bottom = rng.uniform(0, _LARGEST_CUT * height, 2).astype(int)
-    return (
-        min(left, columns[0]),
-        min(top, rows[0]),
-        max(width - right, columns[-1] + 1),
-        max(height - bottom, rows[-1] + 1),
-    )
-
-
-def _jitter_colours(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change brightness, contrast and saturation of float32 [3, S, S] in [0, 1]; the hue stays."""
-    brightness, contrast, saturation = rng.uniform(1 - _COLOUR_RANGE, 1 + _COLOUR_RANGE, 3).astype(np.float32)
-    pixels = pixels * (brightness * contrast) + pixels.mean() * brightness * (1 - contrast)
-    pixels = pixels * saturation + pixels.mean(axis=0) * (1 - saturation)
-    return np.clip(pixels, 0, 1)
-
-
-def _resized_image(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """The box of an image, squashed to float32 [3, size, size] in [0, 1]."""
-    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized).transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)
-
-
-def _resized_mask(mask: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """The box of a mask at [size, size]; output i takes input floor((i + 0.5) * length / size)."""
-    left, top, right, bottom = box
-    steps = 2 * np.arange(size) + 1
-    rows = top + steps * (bottom - top) // (2 * size)
-    columns = left + steps * (right - left) // (2 * size)
-    return mask[np.ix_(rows, columns)]

@@ -1,28 +1,32 @@
-"""Read referring expressions in the REFER layout: RefCOCO, RefCOCO+, RefCOCOg and data written like them.
+"""Read referring expressions in the REFER layout: RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, RRSIS-D and data like them.
 
-Source of the layout: Kazemzadeh et al., "ReferItGame", EMNLP 2014; Yu et al., "Modeling Context in Referring
-Expressions", ECCV 2016. A data set is a pickle of refs, `refs(<split_by>).p`, beside an `instances.json` as
-COCO has it.
+Sources: Kazemzadeh et al., "ReferItGame", EMNLP 2014; Yu et al., "Modeling Context in Referring Expressions", ECCV
+2016; Mao et al., CVPR 2016 (RefCOCOg); Liu et al., "GRES", CVPR 2023 (gRefCOCO); Liu et al., "Rotated Multi-Scale
+Interaction Network", CVPR 2024 (RRSIS-D).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aml.data.plain_pickle import load_plain_pickle
-from aml.data.segmentation import decode_segmentation
+from aml.data import layout, refs
+from aml.data.layout import some
+from aml.data.mask_cache import MaskCache
+from aml.data.segmentation import decode_segmentation, segmentation_area
 
-FIELDS = ("sent", "raw")
+_IMAGE_FIELDS = {"file_name": str, "height": int, "width": int}
+_ANNOTATION_FIELDS = {"image_id": int, "category_id": int}
+MASK_CACHE_BYTES = 64 * 2**20  # per process; holds the masks of 40 000 photographs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Expression:
-    """One sentence that refers to one object (or, in data with several targets, to several or none)."""
+    """One sentence that refers to one object, or (gRefCOCO) to several or none."""
 
     sample_id: str  # "<ref_id>-<sent_id>", unique in the data set
     ref_id: int
@@ -36,16 +40,22 @@ class Expression:
     split: str
     category: str  # of the first annotation, "" where there is none
 
+    @property
+    def ref_key(self) -> str:
+        """What the sentences of one ref have in common; unlike `ref_id` also unique in a union of data sets."""
+        return self.sample_id.rpartition("-")[0]
+
 
 class ReferDataset:
     """The annotations of one data set, read once.
 
     Args:
-        root: folder that holds `<dataset>/` or `refer/<dataset>/`, and the images.
-        dataset: folder name, for example "refcoco", "refcoco+", "refcocog".
-        split_by: which `refs(<split_by>).p` to read; may be left out where there is only one.
-        images: folder of the images; default `<root>/images/train2014` or `<root>/train2014`.
+        root: folder that holds `<dataset>/` or `refer/<dataset>/`, and the images: see `aml.data.layout`.
+        dataset: folder name, for example "refcoco", "refcoco+", "refcocog", "grefcoco", "rrsisd".
+        split_by: which refs to read, "unc", "umd" or "google"; may be left out where there is only one file.
+        images: folder of the images; default: where `aml.data.layout` expects them.
         field: "sent" (cleaned sentence) or "raw" (as typed). Published results use one or the other.
+        skip: file names of images that are left out, with all refs on them; `skipped` counts these refs.
 
     An image is found by its id in `instances.json`; a ref's own `file_name` names a crop and is ignored.
 
@@ -63,27 +73,30 @@ class ReferDataset:
         split_by: str | None = None,
         images: str | Path | None = None,
         field: str = "sent",
+        skip: Collection[str] = (),
     ) -> None:
-        if field not in FIELDS:
-            raise ValueError(f"field={field!r}: expected one of {', '.join(FIELDS)}")
+        if field not in refs.FIELDS:
+            raise ValueError(f"field={field!r}: expected one of {', '.join(refs.FIELDS)}")
         root = Path(root)
-        folder = _annotation_folder(root, dataset)
-        self.refs_path = _refs_file(folder, split_by)
-        self.image_folder = _image_folder(root, images)
-        self.field = field
+        folder = layout.annotation_folder(root, dataset)
+        self.dataset, self.field = dataset, field
+        self.split_by, self.refs_path = layout.refs_file(folder, split_by)
+        self.image_folder = layout.image_folder(root, dataset, images)
+        self.masks = MaskCache(MASK_CACHE_BYTES)
 
-        refs_bytes = self.refs_path.read_bytes()
         instances_path = folder / "instances.json"
         if not instances_path.is_file():
             raise FileNotFoundError(f"{instances_path} is missing: it belongs beside {self.refs_path.name}")
-        instances_bytes = instances_path.read_bytes()
-        self.fingerprint = hashlib.sha256(
-            hashlib.sha256(refs_bytes).digest() + hashlib.sha256(instances_bytes).digest()
-        ).hexdigest()
+        instances = instances_path.read_bytes()
+        self._refs = refs.read_refs(self.refs_path)
+        self._read_instances(instances, instances_path)
+        self.skipped = self._skip(frozenset(skip))
+        self.fingerprint = hashlib.sha256(refs.digest(self._refs) + hashlib.sha256(instances).digest()).hexdigest()
 
-        self._refs = _checked_refs(load_plain_pickle(refs_bytes, str(self.refs_path)), self.refs_path)
-        self._read_instances(instances_bytes, instances_path)
-        self._require_unique_samples()
+    @property
+    def name(self) -> str:
+        """As `aml.data.union.open_dataset` takes it: "refcoco(unc)"."""
+        return f"{self.dataset}({self.split_by})"
 
     def splits(self) -> list[str]:
         """Names of the splits that occur, in order of first appearance."""
@@ -99,39 +112,64 @@ class ReferDataset:
             ValueError: no ref belongs to `split`.
             FileNotFoundError: an image of the split is missing.
         """
-        refs = [ref for ref in self._refs if _in_split(ref["split"], split)]
-        if not refs:
+        chosen = [ref for ref in self._refs if refs.in_split(ref["split"], split)]
+        if not chosen:
             raise ValueError(
                 f"split={split!r}: no refs in {self.refs_path}; its splits are {', '.join(self.splits())}"
                 " ('test' selects all test splits together)"
             )
-        self._require_images(refs, split)
-        return [expression for ref in refs for expression in self._expressions_of(ref)]
+        self._require_images(chosen, split)
+        return [expression for ref in chosen for expression in self._expressions_of(ref)]
+
+    def all_expressions(self) -> list[Expression]:
+        """The sentences of all splits, in file order, whether or not their images are there."""
+        return [expression for ref in self._refs for expression in self._expressions_of(ref)]
+
+    def image_keys(self, image_id: int) -> tuple[Hashable, Hashable]:
+        """By which an image is recognised in another data set: its file, or its COCO number in the same folder."""
+        return (self.image_folder, self._images[image_id]["file_name"]), (self.image_folder, image_id)
+
+    def training_images(self) -> set[int]:
+        """Ids of the images of split "train"."""
+        return {ref["image_id"] for ref in self._refs if ref["split"] == "train"}
+
+    def held_out_images(self) -> set[Hashable]:
+        """Keys of the images of all splits but "train"."""
+        images = {ref["image_id"] for ref in self._refs if ref["split"] != "train"}
+        return {key for image_id in images for key in self.image_keys(image_id)}
 
     def mask(self, expression: Expression) -> np.ndarray:
         """The target of `expression`: uint8 [height, width] of 0 and 1, the union of its annotations.
 
-        Polygons, compressed and uncompressed RLE, and lists of them are accepted. An annotation without area
-        gives an empty mask.
+        Polygons, compressed and uncompressed RLE, and lists of them are accepted. A sentence without a target and an
+        annotation without area give an empty mask.
 
         Raises:
             KeyError: the expression belongs to another data set.
             ValueError: the stored segmentation is damaged.
         """
+        return self.masks.get((expression.image_id, expression.annotation_ids), lambda: self.decode_mask(expression))
+
+    def decode_mask(self, expression: Expression) -> np.ndarray:
+        """As `mask`, but always made from the annotations."""
         union = np.zeros((expression.height, expression.width), np.uint8)
-        for annotation_id in expression.annotation_ids:
-            if annotation_id not in self._annotations:
-                raise KeyError(
-                    f"annotation {annotation_id} of sample {expression.sample_id} is not in this data set"
-                )
-            segmentation = self._annotations[annotation_id]["segmentation"]
-            try:
-                union |= decode_segmentation(segmentation, expression.height, expression.width)
-            except ValueError as error:
-                raise ValueError(
-                    f"annotation {annotation_id} of sample {expression.sample_id}: {error}"
-                ) from error
+        for decoded in self._decoded(expression, decode_segmentation):
+            union |= decoded
         return union
+
+    def area(self, expression: Expression) -> int:
+        """Pixels of the target, in a fraction of the time of `mask`; what annotations share counts twice."""
+        return sum(self._decoded(expression, segmentation_area))
+
+    def _decoded(self, expression: Expression, decode: Callable[[Any, int, int], Any]) -> Iterator[Any]:
+        for annotation_id in expression.annotation_ids:
+            where = f"annotation {annotation_id} of sample {expression.sample_id}"
+            if annotation_id not in self._annotations:
+                raise KeyError(f"{where} is not in this data set")
+            try:
+                yield decode(self._annotations[annotation_id].get("segmentation"), expression.height, expression.width)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
 
     def _read_instances(self, content: bytes, path: Path) -> None:
         try:
@@ -149,9 +187,13 @@ class ReferDataset:
         for ref in self._refs:
             where = f"ref {ref['ref_id']} of {self.refs_path.name}"
             image_id = ref["image_id"]
-            self._images[image_id] = _known(images, image_id, f"{where}: image_id", path)
+            if image_id not in self._images:
+                image = _known(images, image_id, f"{where}: image_id", path)
+                refs.require_fields(image, _IMAGE_FIELDS, f"{path}: image {image_id}")
+                self._images[image_id] = image
             for annotation_id in ref["annotation_ids"]:
                 annotation = _known(annotations, annotation_id, f"{where}: ann_id", path)
+                refs.require_fields(annotation, _ANNOTATION_FIELDS, f"{path}: annotation {annotation_id}")
                 if annotation["image_id"] != image_id:
                     raise ValueError(
                         f"{where} is on image {image_id}, but annotation {annotation_id} in {path} is on"
@@ -159,24 +201,24 @@ class ReferDataset:
                     )
                 self._annotations[annotation_id] = annotation
 
-    def _require_unique_samples(self) -> None:
-        seen: set[tuple[int, int]] = set()
-        for ref in self._refs:
-            for sentence in ref["sentences"]:
-                key = (ref["ref_id"], sentence["sent_id"])
-                if key in seen:
-                    raise ValueError(f"{self.refs_path}: sentence {key[1]} of ref {key[0]} occurs twice")
-                seen.add(key)
+    def _skip(self, names: frozenset[str]) -> int:
+        """Drop the refs on these images; returns how many there were."""
+        kept = [ref for ref in self._refs if self._images[ref["image_id"]]["file_name"] not in names]
+        if not kept:
+            raise ValueError(f"{self.refs_path}: skip names all of its images; was the right list given?")
+        dropped = len(self._refs) - len(kept)
+        self._refs = kept
+        return dropped
 
-    def _require_images(self, refs: list[dict[str, Any]], split: str) -> None:
+    def _require_images(self, chosen: list[dict[str, Any]], split: str) -> None:
         present = {entry.name for entry in self.image_folder.iterdir()}
-        names = sorted({self._images[ref["image_id"]]["file_name"] for ref in refs})
+        names = sorted({self._images[ref["image_id"]]["file_name"] for ref in chosen})
         missing = [name for name in names if name not in present and not (self.image_folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(names)} images of split {split!r} are missing in {self.image_folder}"
-                f" ({_some(missing)}); the folder holds {len(present)} files ({_some(sorted(present))})."
-                " Complete it, or give the right folder as images="
+                f" ({some(missing)}); the folder holds {len(present)} files ({some(sorted(present))})."
+                " Complete it, or give the right folder as images=;  aml data check  names them all"
             )
 
     def _expressions_of(self, ref: dict[str, Any]) -> Iterator[Expression]:
@@ -202,96 +244,7 @@ class ReferDataset:
             )
 
 
-def _checked_refs(refs: Any, path: Path) -> list[dict[str, Any]]:
-    if not isinstance(refs, list) or not refs:
-        raise ValueError(f"{path} holds {type(refs).__name__}, expected a list of refs that is not empty")
-    return [_checked_ref(ref, f"{path}: entry {position}") for position, ref in enumerate(refs)]
-
-
-def _checked_ref(ref: Any, where: str) -> dict[str, Any]:
-    """The fields of a ref that are used, with known types; `ann_id` becomes a tuple `annotation_ids`."""
-    if not isinstance(ref, dict):
-        raise ValueError(f"{where} is {type(ref).__name__}, expected a dict")
-    required = {
-        "ref_id": int,
-        "image_id": int,
-        "ann_id": (int, list, tuple),
-        "split": str,
-        "sentences": (list, tuple),
-    }
-    _require_fields(ref, required, where)
-    if not ref["sentences"]:
-        raise ValueError(f"{where}: ref {ref['ref_id']} has no sentences")
-    for sentence in ref["sentences"]:
-        if not isinstance(sentence, dict):
-            raise ValueError(f"{where}: a sentence is {type(sentence).__name__}, expected a dict")
-        _require_fields(sentence, {"sent_id": int}, f"{where}: a sentence")
-        _require_fields(sentence, {key: str for key in FIELDS if key in sentence}, f"{where}: a sentence")
-    ids = [ref["ann_id"]] if isinstance(ref["ann_id"], int) else ref["ann_id"]
-    if not all(isinstance(i, int) for i in ids):
-        raise ValueError(f"{where}: ann_id is {ids!r}, expected integers")
-    annotation_ids = tuple(i for i in ids if i != -1)  # -1: a sentence without a target
-    return {key: ref[key] for key in ("ref_id", "image_id", "split", "sentences")} | {
-        "annotation_ids": annotation_ids
-    }
-
-
-def _require_fields(entry: dict[str, Any], required: dict[str, Any], where: str) -> None:
-    for key, kind in required.items():
-        if key not in entry:
-            raise ValueError(f"{where} has no {key!r}; it has {', '.join(map(str, entry))}")
-        if not isinstance(entry[key], kind):
-            raise ValueError(f"{where}: {key} is of type {type(entry[key]).__name__}")
-
-
 def _known(table: dict[int, Any], key: int, what: str, path: Path) -> Any:
     if key not in table:
-        raise ValueError(f"{what} {key} is not in {path}, which has {len(table)} ({_some(table)})")
+        raise ValueError(f"{what} {key} is not in {path}, which has {len(table)} ({some(table)})")
     return table[key]
-
-
-def _in_split(ref_split: str, split: str) -> bool:
-    if split == "test":
-        return ref_split.startswith("test")
-    if split in ("testA", "testB", "testC"):
-        return ref_split.startswith("test") and split[-1] in ref_split
-    return ref_split == split
-
-
-def _annotation_folder(root: Path, dataset: str) -> Path:
-    candidates = [root / dataset, root / "refer" / dataset]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    there = sorted(
-        path.parent.name for pattern in ("*/refs(*).p", "refer/*/refs(*).p") for path in root.glob(pattern)
-    )
-    raise FileNotFoundError(
-        f"dataset={dataset!r}: no folder {' or '.join(map(str, candidates))};"
-        f" data sets under {root}: {', '.join(there) or 'none'}"
-    )
-
-
-def _refs_file(folder: Path, split_by: str | None) -> Path:
-    there = {path.name[len("refs(") : -len(").p")]: path for path in sorted(folder.glob("refs(*).p"))}
-    if not there:
-        raise FileNotFoundError(f"no file refs(<split_by>).p in {folder}")
-    if split_by is None and len(there) == 1:
-        return next(iter(there.values()))
-    if split_by not in there:
-        given = "not given, and there are several" if split_by is None else repr(split_by)
-        raise FileNotFoundError(f"split_by: {given}; {folder} has {', '.join(there)}")
-    return there[split_by]
-
-
-def _image_folder(root: Path, images: str | Path | None) -> Path:
-    candidates = [Path(images)] if images is not None else [root / "images" / "train2014", root / "train2014"]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"no image folder {' or '.join(map(str, candidates))}; name it with images=")
-
-
-def _some(names: Any, limit: int = 3) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")

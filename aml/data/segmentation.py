@@ -25,6 +25,18 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     Raises:
         ValueError: the segmentation is damaged or belongs to an image of another size.
     """
+    merged = _merged(segmentation, height, width)
+    return np.zeros((height, width), np.uint8) if merged is None else np.ascontiguousarray(coco_mask.decode(merged))
+
+
+def segmentation_area(segmentation: Any, height: int, width: int) -> int:
+    """Pixels of the mask that `decode_segmentation` would make, in a fraction of its time."""
+    merged = _merged(segmentation, height, width)
+    return 0 if merged is None else int(coco_mask.area(merged))
+
+
+def _merged(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """The union of all parts, as trusted run lengths; None where it is empty."""
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if not isinstance(parts, list):
         raise ValueError(f"segmentation is {type(parts).__name__}, expected polygons or run lengths (RLE)")
@@ -34,9 +46,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
             rles.append(_checked_rle(part, height, width))
         elif len(polygon := _checked_polygon(part)) >= 6:
             rles += coco_mask.frPyObjects([polygon], height, width)
-    if not rles:
-        return np.zeros((height, width), np.uint8)
-    return np.ascontiguousarray(coco_mask.decode(coco_mask.merge(rles)))
+    return coco_mask.merge(rles) if rles else None
 
 
 def _checked_polygon(part: Any) -> list[float]:

@@ -34,6 +34,7 @@ class RISModel(nn.Module):
     """Base class. A model gives `tokenize`, `encode`, `forward`, `encoders`, and sets these attributes."""
 
     image_size: int  # side of the square that images are resized to
+    resize: str = "squash"  # or "letterbox": how they are; `aml.predict` follows it
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     max_tokens: int

@@ -1,0 +1,73 @@
+"""Where a data set's parts lie under its root.
+
+    <root>/[refer/]<dataset>/refs(<split_by>).p       RefCOCO, RefCOCO+, RefCOCOg, RRSIS-D; or refs(<split_by>).json,
+                                                      which `aml data convert` writes and which is read before it
+                            /grefs(<split_by>).json   gRefCOCO
+                            /instances.json           images, annotations and categories, as COCO has them
+    <root>/[images/]train2014/                        COCO's images, for every split
+    <root>/[images/]rrsisd/JPEGImages/                RRSIS-D's images
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+COCO_IMAGES = ("images/train2014", "train2014")
+IMAGES = {"rrsisd": ("images/rrsisd/JPEGImages", "rrsisd/JPEGImages")}
+_REFS_NAME = re.compile(r"g?refs\((?P<split_by>[^()]+)\)\.(?P<kind>json|p)")
+
+
+def find_data_sets(root: Path) -> list[tuple[str, str]]:
+    """(dataset, split_by) of all data sets under `root`, in the order of their names."""
+    folders = [folder for parent in (root, root / "refer") if parent.is_dir() for folder in parent.iterdir()]
+    found = {(folder.name, split_by) for folder in folders if folder.is_dir() for split_by in refs_files(folder)}
+    return sorted(found)
+
+
+def annotation_folder(root: Path, dataset: str) -> Path:
+    candidates = [root / dataset, root / "refer" / dataset]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    there = dict.fromkeys(name for name, _ in find_data_sets(root))
+    raise FileNotFoundError(
+        f"dataset={dataset!r}: no folder {' or '.join(map(str, candidates))};"
+        f" data sets under {root}: {', '.join(there) or 'none'}"
+    )
+
+
+def refs_files(folder: Path) -> dict[str, Path]:
+    """Files of refs in a folder by their split_by, each the JSON one where there are both."""
+    matches = {path: _REFS_NAME.fullmatch(path.name) for path in sorted(folder.iterdir())}
+    found: dict[str, Path] = {}
+    for path, match in matches.items():  # "refs(x).json" comes before "refs(x).p"
+        if match and path.is_file():
+            found.setdefault(match["split_by"], path)
+    return found
+
+
+def refs_file(folder: Path, split_by: str | None) -> tuple[str, Path]:
+    """(split_by, path) of the refs to read; `split_by` may be None where there is one file only."""
+    there = refs_files(folder)
+    if not there:
+        raise FileNotFoundError(f"no file refs(<split_by>).p, or .json, in {folder}")
+    if split_by is None and len(there) == 1:
+        return next(iter(there.items()))
+    if split_by not in there:
+        given = "not given, and there are several" if split_by is None else repr(split_by)
+        raise FileNotFoundError(f"split_by: {given}; {folder} has {', '.join(there)}")
+    return split_by, there[split_by]
+
+
+def image_folder(root: Path, dataset: str, images: str | Path | None) -> Path:
+    candidates = [Path(images)] if images is not None else [root / name for name in IMAGES.get(dataset, COCO_IMAGES)]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no image folder {' or '.join(map(str, candidates))}; name it with images=")
+
+
+def some(names: Any, limit: int = 3) -> str:
+    """The first few of many, for messages."""
+    names = list(names)
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
