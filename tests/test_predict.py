@@ -39,8 +39,7 @@ def test_a_checkpoint_gives_the_same_prediction(model, photo, tmp_path):
     checkpoint.save(
         tmp_path,
         1,
-        model=model,
-        aligner=torch.nn.Linear(1, 1),
+        weights={"model": model.state_dict()},
         optimizer={},
         ranks=[],
         state={},
