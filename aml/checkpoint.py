@@ -93,11 +93,19 @@ def save(
                 torch.save(values, temporary / f"rng-rank{rank}.pt")
             (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             (temporary / "config.yaml").write_text(config, encoding="utf-8")
-    _point(folder, "last", final.name)
-    if best_step is not None:
-        _point(folder, "best", f"step-{best_step:08d}")
-    _prune(folder, keep, best_step)
+    settle(final, best_step, keep)
     return final
+
+
+def settle(path: Path, best_step: int | None, keep: int) -> None:
+    """Point to a complete checkpoint as the last one, and remove old ones. Only one process may call this.
+
+    `save` ends with it; a run that resumes does it again, as it may have died just before.
+    """
+    _point(path.parent, "last", path.name)
+    if best_step is not None:
+        _point(path.parent, "best", f"step-{best_step:08d}")
+    _prune(path, keep, best_step)
 
 
 @contextlib.contextmanager
@@ -164,10 +172,12 @@ def _point(folder: Path, name: str, target: str) -> None:
         _flush(folder)
 
 
-def _prune(folder: Path, keep: int, best_step: int | None) -> None:
+def _prune(latest: Path, keep: int, best_step: int | None) -> None:
+    folder = latest.parent
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in _by_step(folder)[keep:]:
+    # Those of later steps are damaged, or the run would have gone on from them: they must not count as kept.
+    for path in [path for path in _by_step(folder) if _step(path) <= _step(latest)][keep:]:
         if _step(path) != best_step:
             # The marker goes first, so that a removal cut short leaves nothing that looks complete.
             (path / _MARKER).unlink(missing_ok=True)

@@ -121,6 +121,8 @@ class RunState:
         learner.load(path, snapshot.optimizer, snapshot.state["scaler"])
         self.progress = Progress(**snapshot.state["progress"])
         self._latest = path
+        if self.accelerator.is_main_process:
+            checkpoint.settle(path, self.progress.best_step, self.config.train.keep)
         if len(snapshot.ranks) == self.accelerator.num_processes:
             own = snapshot.ranks[self.accelerator.process_index]
             torch.set_rng_state(own["cpu"])

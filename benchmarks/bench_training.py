@@ -106,18 +106,20 @@ def make_steps(
             **settings, visual_dim=model.visual_dim, text_dim=model.text_dim, warmup_steps=0
         ).to(device)
         own = list(aligner.parameters())
-        optimizers = [optimizer] + [torch.optim.AdamW(own, lr=1e-6, fused=True)] * bool(own)
+        optimizers = [optimizer, *([torch.optim.AdamW(own, lr=1e-6, fused=True)] if own else [])]
         yield name, make_step(model, aligner, batch, optimizers, device, precision)
 
 
 def make_step(
     model: RISModel, aligner: AlignmentLoss, batch: dict[str, Tensor], optimizers: list, device: str, precision: str
 ) -> Step:
+    clipped = [part for part in (model, aligner) if any(True for _ in part.parameters())]
+
     def step() -> tuple[Tensor, ...]:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss, record = aligner.training_step(model, batch, 0)
         loss.backward()
-        for part in (model, aligner):
+        for part in clipped:
             nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -113,6 +113,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert resolve(tmp_path / "checkpoints/last").name == "step-00000100"
 
 
+def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tmp_path):
+    for step in (10, 20):
+        flip(save(tmp_path, step, keep=1) / "model.safetensors")
+    assert newest(tmp_path)[0] is None
+    save(tmp_path, 15, keep=1)
+    assert newest(tmp_path)[0].name == "step-00000015"
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000):
         save(tmp_path, step)

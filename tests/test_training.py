@@ -2,11 +2,14 @@
 
 import json
 import multiprocessing
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
-from aml import checkpoint, training
+from aml import checkpoint, distribution, runlog, training
 from aml.config import ConfigError, load
 from aml.errors import ResumeError
 from aml.runlog import RunLog, read_log
@@ -87,7 +90,9 @@ def test_what_a_run_writes(straight):
     assert {"loss", "gradient_norm", "kept", "lr", "speed"} <= steps[0].keys()
     assert load(straight / "config.yaml").train.steps == STEPS
     assert load(checkpoint.resolve(straight) / "config.yaml") == load(straight / "config.yaml")
-    assert json.loads((straight / "run.json").read_text())["world"] == 1
+    run = json.loads((straight / "run.json").read_text())
+    assert run["world"] == 1 and run["source"] == runlog.source_commit()
+    assert checkpoint.read(checkpoint.resolve(straight)).state["source"] == run["source"]
 
 
 def test_the_loss_falls(straight):
@@ -99,6 +104,37 @@ def test_the_last_checkpoints_and_the_best_are_kept(straight):
     best = checkpoint.read_pointer(straight / "checkpoints/best")
     kept = {path.name for path in (straight / "checkpoints").glob("step-*")}
     assert kept == {best, "step-00000012", "step-00000015", "step-00000016"}
+
+
+def test_weights_that_are_not_trained_are_written_once(tmp_path, words):
+    """The checkpoints of a run and of its continuation share one file."""
+    more = ("model.freeze_encoders=true", "train.keep=9")
+    for steps in (4, 8):
+        train(load(None, words(tmp_path, *more, f"train.steps={steps}")), resume=steps > 4)
+    first, *others = sorted(tmp_path.glob("checkpoints/step-*/frozen.safetensors"))
+    assert len(others) == 3 and all(first.samefile(other) for other in others)
+    assert first.stat().st_size > 2 * (first.parent / "model.safetensors").stat().st_size / 3
+
+
+def test_the_commit_is_that_of_the_source_alone(tmp_path, monkeypatch):
+    """Not that of a repository into which the package is installed, as an untracked file."""
+    assert runlog.source_commit() is None or len(runlog.source_commit()["commit"]) == 40
+
+    def git(*command):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", *command], check=True)
+
+    module = tmp_path / "runlog.py"
+    module.write_text("")
+    monkeypatch.setattr(runlog, "__file__", str(module))
+    assert runlog.source_commit() is None
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project")
+    assert runlog.source_commit() is None
+    git("add", "runlog.py")
+    git("commit", "-q", "-m", "this one")
+    assert runlog.source_commit()["dirty"] is False
+    module.write_text("# changed")
+    assert runlog.source_commit()["dirty"] is True
 
 
 def test_half_a_line_and_later_lines_go_when_the_log_is_opened(tmp_path):
@@ -121,6 +157,26 @@ def test_mistakes_are_found_before_a_model_is_built(tmp_path, words, monkeypatch
         train(load(None, words(tmp_path, "data.root=")))
     with pytest.raises(FileNotFoundError, match="no folder"):
         train(load(None, words(tmp_path, "data.root=/nowhere")))
+
+
+def test_half_precision_takes_a_gpu(tmp_path, words):
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="train.precision=fp16: takes a GPU; give bf16 or no"):
+        train(load(None, words(tmp_path, "train.precision=fp16")))
+
+
+@pytest.mark.parametrize(
+    ("version", "ema", "error", "message"),
+    [
+        (1, None, RuntimeError, "FSDP version 1 is not supported: launch with --fsdp_version 2"),
+        (2, 0.9, ConfigError, "train.ema: not with FSDP"),
+    ],
+)
+def test_what_fsdp_cannot_have_is_refused(words, tmp_path, version, ema, error, message):
+    config = load(None, words(tmp_path, *[f"train.ema={ema}"] * bool(ema)))
+    with pytest.raises(error, match=message):
+        distribution._prepare_fsdp(SimpleNamespace(is_fsdp2=version == 2), config)
 
 
 def test_an_epoch_shorter_than_a_step_is_refused(tmp_path, words):
