@@ -1,9 +1,11 @@
 """What AML costs in training: `python benchmarks/bench_training.py [--device cuda] [--batch N] [--json PATH]`.
 
-Step time and peak memory of each strategy relative to a step without any similarity map, for CARIS (Swin-B, BERT-base,
-random weights) at 448 pixels. A step is forward, backward, clipping and AdamW, on one batch that lies on the device;
-no data is loaded. The strategies take their steps in turn, in another order each round, on the same weights, so that
-the machine's speed is the same for all of them; the ratio of times is the median over rounds of the ratio within one.
+Operations, peak memory and time of a training step under each strategy, relative to a step without any similarity map,
+for CARIS (Swin-B, BERT-base, random weights) at 448 pixels. A step is forward, backward, clipping and AdamW, on one
+batch that lies on the device; no data is loaded. The strategies take their steps in turn, in another order each round,
+on the same weights, so that the machine's speed is the same for all of them; the ratio of times is the median over
+rounds of the ratio within one. Operations are multiplications and additions of matrix products, convolutions and
+attention, as PyTorch counts them.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 import measure
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from aml.alignment import AlignmentLoss
 from aml.models import RISModel, build_model
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="default: 1 on a CPU, 8 on a GPU")
     parser.add_argument("--precision", choices=("no", "bf16"), help="default: no on a CPU, bf16 on a GPU")
-    parser.add_argument("--seconds", type=float, default=120, help="of sampling; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="of timed steps; 0: operations and memory alone")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="in this list; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to store the rows, beside those of others")
     options = parser.parse_args()
@@ -57,32 +60,39 @@ def main() -> None:
     }
     wanted = {name: STRATEGIES[name] for name in STRATEGIES if name == "none" or name in options.strategies.split(",")}
     report = {"provenance": measure.provenance(), "machine": machine(options.device), **case}
-    report["rows"] = benchmark(model, case, wanted, options.seconds)
+    report["rows"] = benchmark(model, case, wanted, options.rounds)
     print(table(report))
     if options.json is not None:
         store(report, options.json)
 
 
-def benchmark(model: RISModel, case: dict, strategies: dict[str, dict], seconds: float) -> list[dict]:
+def benchmark(model: RISModel, case: dict, strategies: dict[str, dict], rounds: int) -> list[dict]:
     """One row per strategy."""
     batch = make_batch(model, case["batch"], case["device"])
     steps = dict(make_steps(model, batch, strategies, case["device"], case["precision"]))
-    for step in steps.values():
-        step()  # AdamW makes its moments, which belong to what a step finds
-    memory = {name: peak_memory(step, model, case["device"]) for name, step in steps.items()}
-    times = measure.alternate(steps, timer(case["device"]), seconds=seconds, least=3)
     base = next(iter(steps))
-    rows = []
-    for name in steps:
-        p20, p50, p80 = measure.percentiles(times[name])
-        ratios = [own / other for own, other in zip(times[name], times[base], strict=True)]
-        low, middle, high = measure.percentiles(ratios)
-        rows.append({
-            "strategy": name, "samples": len(ratios), "p20_s": p20, "p50_s": p50, "p80_s": p80,
-            "time_ratio": middle, "time_ratio_p20": low, "time_ratio_p80": high,
+    operations = {name: count_operations(step) for name, step in steps.items()}  # and AdamW makes its moments
+    memory = {name: peak_memory(step, model, case["device"]) for name, step in steps.items()}
+    rows = [
+        {
+            "strategy": name, "operations": operations[name], "operations_ratio": operations[name] / operations[base],
             "peak_bytes": memory[name], "memory_ratio": memory[name] / memory[base],
-        })
+        }
+        for name in steps
+    ]
+    if rounds:
+        times = measure.alternate(steps, timer(case["device"]), seconds=0, least=rounds, warm_up=0)
+        rows = [row | timing(times[row["strategy"]], times[base]) for row in rows]
     return rows
+
+
+def timing(own: list[float], base: list[float]) -> dict:
+    p20, p50, p80 = measure.percentiles(own)
+    low, middle, high = measure.percentiles([a / b for a, b in zip(own, base, strict=True)])
+    return {
+        "rounds": len(own), "p20_s": p20, "p50_s": p50, "p80_s": p80,
+        "time_ratio": middle, "time_ratio_p20": low, "time_ratio_p80": high,
+    }
 
 
 def make_batch(model: RISModel, size: int, device: str) -> dict[str, Tensor]:
@@ -142,6 +152,12 @@ def timer(device: str) -> Callable[[Step], float]:
     return sample
 
 
+def count_operations(step: Step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def peak_memory(step: Step, model: nn.Module, device: str) -> int:
     """Bytes at the fullest moment of a step, with weights and moments. On a CPU those of PyTorch's allocator."""
     if device == "cuda":
@@ -166,25 +182,37 @@ def table(report: dict) -> str:
         f"{made['aml_kernels']} at {made['commit']}, PyTorch {made['torch']}, {made['date']}. Ratios: median over "
         f"rounds [p20, p80]. To compare with: {REFERENCE}.",
         "",
-        "| strategy | step, p50 [p20, p80] s | time / none | peak memory | memory / none | rounds |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| strategy | 10^12 operations | / none | peak memory | / none | step, p50 [p20, p80] | time / none | rounds |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for row in report["rows"]:
-        lines.append(
-            f"| {row['strategy']} | {row['p50_s']:.3f} [{row['p20_s']:.3f}, {row['p80_s']:.3f}] | "
-            f"{row['time_ratio']:.3f} [{row['time_ratio_p20']:.3f}, {row['time_ratio_p80']:.3f}] | "
-            f"{row['peak_bytes'] / 2**30:.3f} GiB | {row['memory_ratio']:.4f} | {row['samples']} |"
-        )
+        cells = [
+            row["strategy"], f"{row['operations'] / 1e12:.3f}", f"{row['operations_ratio']:.3f}",
+            f"{row['peak_bytes'] / 2**30:.3f} GiB", f"{row['memory_ratio']:.4f}",
+        ]
+        if "rounds" in row:
+            cells += [
+                f"{row['p50_s']:.3f} [{row['p20_s']:.3f}, {row['p80_s']:.3f}] s",
+                f"{row['time_ratio']:.3f} [{row['time_ratio_p20']:.3f}, {row['time_ratio_p80']:.3f}]",
+                str(row["rounds"]),
+            ]
+        else:
+            cells += ["-"] * 3
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def store(report: dict, path: Path) -> None:
-    """In place of an earlier report of the same case; others stay."""
+    """In place of an earlier report of the same case and strategies; others stay."""
     stored = json.loads(path.read_text()) if path.exists() else []
-    case = ("model", "device", "batch", "precision")
-    others = [other for other in stored if [other[key] for key in case] != [report[key] for key in case]]
+    others = [other for other in stored if _key(other) != _key(report)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*others, report], indent=1) + "\n")
+
+
+def _key(report: dict) -> list:
+    case = ("model", "device", "batch", "precision")
+    return [*(report[name] for name in case), [(row["strategy"], "rounds" in row) for row in report["rows"]]]
 
 
 if __name__ == "__main__":

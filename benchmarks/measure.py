@@ -81,15 +81,17 @@ def peak_beyond(changes: list[tuple[int, int, int]], returned: set[int]) -> int:
 
 def alternate(
     calls: dict[str, Call], sample: Callable[[Call], float], *, seconds: float, least: int, most: int = 200,
+    warm_up: int = 2,
 ) -> dict[str, list[float]]:
     """Samples of every call, taken in turn and each round in another order, so that a change of the machine's speed
     hits all of them and none always follows the same other one (whose data would be in the caches).
 
-    After two warm-up rounds, as many rounds as fit in `seconds`, but `least` at least and `most` at most.
+    After `warm_up` rounds, as many rounds as fit in `seconds`, but `least` at least and `most` at most.
     """
     order, shuffled = list(calls), random.Random(0)
     sample_round = {name: [] for name in calls}
-    for _ in range(2):
+    spent = float("inf")
+    for _ in range(warm_up):
         start = time.perf_counter()
         for name in order:
             sample(calls[name])

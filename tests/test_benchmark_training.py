@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def report(tmp_path_factory):
     model = golden.tiny_caris(tmp_path_factory.mktemp("bert"))
     case = {"model": "tiny", "device": "cpu", "batch": 2, "precision": "no", "threads": 1}
-    rows = bench.benchmark(model, case, bench.STRATEGIES, seconds=0)
+    rows = bench.benchmark(model, case, bench.STRATEGIES, rounds=3)
     machine = {"name": "a CPU", "load_before": 0.0}
     return {"provenance": bench.measure.provenance(), "machine": machine, **case, "rows": rows}
 
@@ -26,7 +26,9 @@ def test_every_strategy_is_measured_beside_none(report):
     rows = {row["strategy"]: row for row in report["rows"]}
     assert list(rows) == ["none", "loss", "loss, gaussian", "image", "released"]
     assert rows["none"]["time_ratio"] == rows["none"]["memory_ratio"] == 1.0
-    assert all(row["samples"] >= 3 and row["p20_s"] <= row["p50_s"] <= row["p80_s"] for row in rows.values())
+    assert all(row["rounds"] == 3 and row["p20_s"] <= row["p50_s"] <= row["p80_s"] for row in rows.values())
+    operations = {name: row["operations_ratio"] for name, row in rows.items()}
+    assert operations["none"] == 1 <= operations["loss"] < 1.01 < operations["image"] < 1.4 < operations["released"]
     # Two forward passes and their activations against one; a pass without gradients keeps nothing.
     assert rows["released"]["memory_ratio"] > 1.2 > rows["image"]["memory_ratio"] > 0.99
 
@@ -56,7 +58,9 @@ def test_rows_are_stored_beside_those_of_other_cases(report, tmp_path):
     bench.store(report | {"batch": 4}, path)
     bench.store(report | {"threads": 2}, path)
     stored = json.loads(path.read_text())
+    untimed = [{k: v for k, v in row.items() if k != "rounds"} for row in report["rows"]]
+    assert bench.table(report | {"rows": untimed}).endswith("| - | - | - |")
     assert [(one["batch"], one["threads"]) for one in stored] == [(4, 1), (2, 2)]
     lines = bench.table(stored[0]).splitlines()
     assert lines[2].startswith("| strategy |") and len(lines) == 4 + len(report["rows"])
-    assert "+17.2 % time" in lines[0] and "| none |" in lines[4] and "| 1.000 [1.000, 1.000] |" in lines[4]
+    assert "+17.2 % time" in lines[0] and "| none |" in lines[4] and "| 1.000 [1.000, 1.000] | 3 |" in lines[4]
