@@ -15,16 +15,30 @@ from types import ModuleType
 from typing import Any
 
 from aml import __version__
-from aml.commands import alignment_report, convert, data, demo, evaluate, predict, train
+from aml.commands import (
+    alignment_report,
+    compare,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    predict,
+    robustness,
+    train,
+)
 from aml.errors import CheckpointError, NonFiniteLoss, ResumeError, Stopped
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "eval": evaluate,
+    "robustness": robustness,
+    "compare": compare,
     "predict": predict,
     "convert": convert,
     "alignment-report": alignment_report,
     "data": data,
+    "doctor": doctor,
     "demo": demo,
 }
 

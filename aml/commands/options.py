@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-KINDS = ("noise", "blur", "occlusion")  # those of `aml.perturbations`
+KINDS = ("occlusion", "noise", "blur", "colour", "low_light", "haze", "jpeg")  # those of `aml.perturbations`
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,6 @@ def perturbation(text: str) -> tuple[str, int]:
     kind, _, severity = text.partition(":")
     if kind not in KINDS or severity not in ("1", "2", "3", "4", "5"):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: write noise:3, or blur or occlusion, with severity 1 to 5"
+            f"{text!r}: write noise:3, or another of {', '.join(KINDS)}, with severity 1 to 5"
         )
     return kind, int(severity)
