@@ -166,8 +166,10 @@ def report(name: str, runs: Sequence[Run], folder: Path) -> None:
         difference.setting = labels[difference.setting]
     folder.mkdir(parents=True, exist_ok=True)
     comparison.draw(found, folder / "differences.png")
-    text = comparison.markdown(found).replace("# ", f"# {plan.about}\n\n# ", 1)
-    parts = [text, "![Differences](differences.png)", "## Gauges", gauges(ordered)]
+    command = f"python benchmarks/experiments.py {name}{' --data DIR' * (name == 'photographs')}"
+    parts = [f"# Experiment: {name}", plan.about, f"Made by `{command}`."]
+    parts += [comparison.markdown(found).replace("# ", "Evaluated on ", 1).rstrip(), "![Differences](differences.png)"]
+    parts += ["## Gauges", gauges(ordered)]
     if plan.disturbed:
         parts += ["## Disturbed photographs, mIoU over five severities, seed 0", robustness(ordered, plan)]
     variants = [[f"`{variant}`", f"`{' '.join(words)}`"] for variant, words in plan.variants.items()]
