@@ -54,7 +54,8 @@ def test_every_run_is_made_once(made):
 def test_report(made):
     folder, *_ = made
     text = (folder / "report.md").read_text()
-    assert text.startswith("# Experiment: two\n\nTwo.\n\nMade by `python benchmarks/experiments.py two`.\n\nEvaluated on ")
+    head = ["# Experiment: two", "Two.", "Made by `python benchmarks/experiments.py two`.", "Evaluated on "]
+    assert text.startswith("\n\n".join(head))
     assert "| none | 0, 3 |" in text and "| image-gaussian | 0, 3 |" in text
     gauges = text.partition("## Gauges")[2].partition("## Disturbed")[0]
     assert gauges.count("\n| ") == 4 and "| none | 100.0 | 0.0 |" in gauges
