@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 
 from aml import checkpoint, cli, config
 from aml.assembly import build_aligner
@@ -35,11 +36,12 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     """Its checkpoint."""
-    settings = config.load(None, SETTINGS)
-    run, aligner = tmp_path_factory.mktemp("run"), build_aligner(settings, model)
-    written = {"model": model, "aligner": aligner, "optimizer": {}, "ranks": [], "state": {}, "best_step": 1}
-    checkpoint.save(run, 1, config=config.to_yaml(settings), keep=1, **written)
-    return run
+    settings, final = config.load(None, SETTINGS), tmp_path_factory.mktemp("run") / "checkpoint"
+    with checkpoint.written_whole(final) as folder:
+        save_model(model, str(folder / "model.safetensors"))
+        save_model(build_aligner(settings, model), str(folder / "aligner.safetensors"))
+        (folder / "config.yaml").write_text(config.to_yaml(settings))
+    return final
 
 
 @pytest.fixture
