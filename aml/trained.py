@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -62,10 +63,11 @@ class Trained:
 
     def identity(self, dataset: RISDataset) -> dict[str, Any]:
         """What the numbers of an evaluation are of."""
-        marker = json.loads((self.folder / "COMPLETE").read_text(encoding="utf-8"))
+        files = json.loads((self.folder / "COMPLETE").read_text(encoding="utf-8"))["files"]
+        digests = [f"{name} {each['sha256']}" for name, each in sorted(files.items()) if name.endswith(".safetensors")]
         return {
             "checkpoint": str(self.folder),
-            "weights": marker["files"]["model.safetensors"]["sha256"],
+            "weights": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
             "data": self.settings.data.root,
             "dataset": self.annotations.name,
             "split": dataset.split,
