@@ -132,7 +132,7 @@ def _dump(path: Path, *options: str) -> str:
 def _readable(names: list[str]) -> dict[str, str]:
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = [re.sub(r"\(.*|^void |aml::cuda::|\(anonymous namespace\)::", "", line) for line in plain.splitlines()]
-    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "f16") for name in short]
+    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("> >", ">>") for name in short]
     return dict(zip(names, short, strict=True))
 
 

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-import traffic
-
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "verification.md"
 
 LAUNCHES = {
