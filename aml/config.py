@@ -238,7 +238,7 @@ class TrainConfig(_Section):
 @dataclass(frozen=True)
 class EvalConfig(_Section):
     every: int = _setting(1, "epochs between evaluations; the end of the run is always evaluated", low=1)
-    metric: Literal["mIoU", "oIoU", "full_mIoU", "full_oIoU"] = _setting("mIoU", "what the best is best in")
+    metric: Literal["mIoU", "oIoU", "gIoU", "full_mIoU", "full_oIoU"] = _setting("mIoU", "what the best is best in")
 
 
 @dataclass(frozen=True)

@@ -51,5 +51,7 @@ def _prepare_fsdp(accelerator: accelerate.Accelerator, config: Config) -> None:
         raise RuntimeError("FSDP version 1 is not supported: launch with --fsdp_version 2")
     if config.train.ema is not None:
         raise ConfigError(["train.ema: not with FSDP, which divides the weights; launch without --use_fsdp"])
-    # Every rank makes the same weights from the seed; reading them on rank 0 alone would only add a way to fail.
+    # Every rank makes the same weights from the seed. The launcher asks for them to be read on rank 0 alone, which
+    # transformers does by this variable and leaves the other ranks' encoders empty.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False

@@ -10,7 +10,7 @@ class ResumeError(RuntimeError):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss or its gradient was NaN or infinite in more steps in a row than are allowed."""
 
 
 class Stopped(Exception):

@@ -170,11 +170,12 @@ class _Trainer:
     def _log(self) -> None:
         """A line of means since the last one, over all ranks; times are of the slowest rank. Collective."""
         position, window = self.state.progress, self.state.window
-        skips = self._checked_skips()
+        in_a_row = self._checked_skips()
         means = window.means(self.accelerator)
-        culprits = [sample for index, skip in enumerate(skips) if skip for sample in window.culprits(index)]
-        position.skipped += sum(skips)
-        position.skipped_in_a_row = _run_lengths(skips, position.skipped_in_a_row)[-1]
+        skipped = [step for step, length in enumerate(in_a_row) if length]
+        culprits = [sample for step in skipped for sample in window.culprits(step)]
+        position.skipped += len(skipped)
+        position.skipped_in_a_row = in_a_row[-1]
         window.clear()
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         own = [(time.perf_counter() - self.began) / self.timed, self.waited / self.timed, memory]
@@ -182,7 +183,7 @@ class _Trainer:
         self._restart_clock()
         speed = dict(zip(("step_s", "data_s", "device_gib"), slowest, strict=True))
         speed["samples_per_s"] = self._effective_batch() / speed["step_s"]
-        values = means | {"skipped": sum(skips), "lr": max(g["lr"] for g in self.learner.optimizer.param_groups)}
+        values = means | {"skipped": len(skipped), "lr": max(g["lr"] for g in self.learner.optimizer.param_groups)}
         if culprits:
             values["skipped_samples"] = culprits
         if self.learner.scaler is not None:
@@ -190,28 +191,26 @@ class _Trainer:
         self._write("train", **values, speed=speed)
         if culprits:
             shown = ", ".join(culprits[:8]) + ", ..." * (len(culprits) > 8)
-            self._print(f"skipped {sum(skips)} of {len(skips)} steps, without a finite gradient; samples {shown}")
+            self._print(f"skipped {len(skipped)} of {len(in_a_row)} steps, without a finite gradient; samples {shown}")
         line = f"loss {_shown(means['loss'])}  {speed['samples_per_s']:.1f} samples/s"
         self.bar.set_postfix_str(line)
         if self.bar.disable:
             self._print(f"step {position.step}/{self.total}  {line}")
 
-    def _checked_skips(self) -> list[bool]:
-        """Which steps of the open window were skipped; too many in a row end the run. Collective."""
-        position, window = self.state.progress, self.state.window
-        skips = window.skips()
-        first = position.step - len(skips) + 1
-        lengths = _run_lengths(skips, position.skipped_in_a_row)
-        limit = self.config.train.max_skips
-        if lengths and max(lengths) >= limit:
-            index = next(i for i, length in enumerate(lengths) if length >= limit)
+    def _checked_skips(self) -> list[int]:
+        """`Window.skipped_in_a_row` of the open window; too many end the run. Collective."""
+        position, window, limit = self.state.progress, self.state.window, self.config.train.max_skips
+        in_a_row = window.skipped_in_a_row(position.skipped_in_a_row)
+        index = next((index for index, length in enumerate(in_a_row) if length >= limit), None)
+        if index is not None:
+            step = position.step - len(in_a_row) + index + 1
             saved = checkpoint.read_pointer(self.out / "checkpoints" / "last") or "no checkpoint yet"
             raise NonFiniteLoss(
                 f"the loss or its gradient was not finite in {limit} step(s) in a row, the last of them step "
-                f"{first + index}. Its samples: {', '.join(window.culprits(index))}. Last good state: {saved}. Look at "
+                f"{step}. Its samples: {', '.join(window.culprits(index))}. Last good state: {saved}. Look at "
                 f"these samples, or try a lower optim.lr, a longer optim.warmup, train.precision=no"
             )
-        return skips
+        return in_a_row
 
     def _evaluate(self) -> None:
         """Metrics of the validation split, by sample id over all ranks; remembers the best. Collective."""
@@ -231,7 +230,8 @@ class _Trainer:
                 progress=self.is_main and on_terminal(),
             )
         metrics = evaluation.metrics(gather_object(records), self.val_set.sample_ids)
-        score, position = metrics[self.config.eval.metric], self.state.progress
+        score = metrics.get(self.config.eval.metric, metrics["mIoU"])  # which gIoU is where every sentence has a target
+        position = self.state.progress
         better = position.best is None or score > position.best
         if better:
             position.best, position.best_step, position.stale = score, position.step, 0
@@ -300,15 +300,6 @@ class _Trainer:
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()
-
-
-def _run_lengths(skips: Sequence[bool], before: int) -> list[int]:
-    """After each step, how many steps in a row were skipped; `before` the first one, so many."""
-    lengths = []
-    for skipped in skips:
-        before = before + 1 if skipped else 0
-        lengths.append(before)
-    return lengths
 
 
 def _shown(value: float | None) -> str:

@@ -43,6 +43,14 @@ class Window:
         """Per step. All ranks skip the same ones."""
         return torch.stack(self.skipped).tolist() if self.skipped else []
 
+    def skipped_in_a_row(self, before: int) -> list[int]:
+        """After each step, how many were skipped in a row up to it; `before` the window, so many."""
+        lengths = []
+        for skipped in self.skips():
+            before = before + 1 if skipped else 0
+            lengths.append(before)
+        return lengths
+
     def culprits(self, step: int) -> list[str]:
         """Samples of all ranks whose batches made the window's `step`, from 0, not finite. Collective.
 

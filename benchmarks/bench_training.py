@@ -11,7 +11,7 @@ attention, as PyTorch counts them.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import measure
@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="default: 1 on a CPU, 8 on a GPU")
     parser.add_argument("--precision", choices=("no", "bf16"), help="default: no on a CPU, bf16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=9, help="of timed steps; 0: operations and memory alone")
+    parser.add_argument("--parts", default="operations,memory,time", help="what to measure; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=120, help="of timed steps; default: %(default)s")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="in this list; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to store the rows, beside those of others")
     options = parser.parse_args()
@@ -60,30 +61,34 @@ def main() -> None:
     }
     wanted = {name: STRATEGIES[name] for name in STRATEGIES if name == "none" or name in options.strategies.split(",")}
     report = {"provenance": measure.provenance(), "machine": machine(options.device), **case}
-    report["rows"] = benchmark(model, case, wanted, options.rounds)
+    report["rows"] = benchmark(model, case, wanted, options.parts.split(","), options.seconds)
     print(table(report))
     if options.json is not None:
         store(report, options.json)
 
 
-def benchmark(model: RISModel, case: dict, strategies: dict[str, dict], rounds: int) -> list[dict]:
-    """One row per strategy."""
+def benchmark(
+    model: RISModel, case: dict, strategies: dict[str, dict], parts: Sequence[str], seconds: float
+) -> list[dict]:
+    """One row per strategy; the first is what the others are compared with."""
     batch = make_batch(model, case["batch"], case["device"])
     steps = dict(make_steps(model, batch, strategies, case["device"], case["precision"]))
     base = next(iter(steps))
-    operations = {name: count_operations(step) for name, step in steps.items()}  # and AdamW makes its moments
-    memory = {name: peak_memory(step, model, case["device"]) for name, step in steps.items()}
-    rows = [
-        {
-            "strategy": name, "operations": operations[name], "operations_ratio": operations[name] / operations[base],
-            "peak_bytes": memory[name], "memory_ratio": memory[name] / memory[base],
-        }
-        for name in steps
-    ]
-    if rounds:
-        times = measure.alternate(steps, timer(case["device"]), seconds=0, least=rounds, warm_up=0)
-        rows = [row | timing(times[row["strategy"]], times[base]) for row in rows]
-    return rows
+    rows = {name: {"strategy": name} for name in steps}
+    if "operations" in parts:
+        counted = {name: count_operations(step) for name, step in steps.items()}
+        for name, count in counted.items():
+            rows[name] |= {"operations": count, "operations_ratio": count / counted[base]}
+    if "memory" in parts:
+        steps[base]()  # AdamW makes its moments, which belong to what a step finds
+        peaks = {name: peak_memory(step, model, case["device"]) for name, step in steps.items()}
+        for name, peak in peaks.items():
+            rows[name] |= {"peak_bytes": peak, "memory_ratio": peak / peaks[base]}
+    if "time" in parts:
+        times = measure.alternate(steps, timer(case["device"]), seconds=seconds, least=3, warm_up=1)
+        for name in steps:
+            rows[name] |= timing(times[name], times[base])
+    return list(rows.values())
 
 
 def timing(own: list[float], base: list[float]) -> dict:
@@ -186,24 +191,23 @@ def table(report: dict) -> str:
         "| --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for row in report["rows"]:
-        cells = [
-            row["strategy"], f"{row['operations'] / 1e12:.3f}", f"{row['operations_ratio']:.3f}",
-            f"{row['peak_bytes'] / 2**30:.3f} GiB", f"{row['memory_ratio']:.4f}",
-        ]
+        cells = [row["strategy"], *["-"] * 7]
+        if "operations" in row:
+            cells[1:3] = f"{row['operations'] / 1e12:.3f}", f"{row['operations_ratio']:.3f}"
+        if "peak_bytes" in row:
+            cells[3:5] = f"{row['peak_bytes'] / 2**30:.3f} GiB", f"{row['memory_ratio']:.4f}"
         if "rounds" in row:
-            cells += [
+            cells[5:] = (
                 f"{row['p50_s']:.3f} [{row['p20_s']:.3f}, {row['p80_s']:.3f}] s",
                 f"{row['time_ratio']:.3f} [{row['time_ratio_p20']:.3f}, {row['time_ratio_p80']:.3f}]",
                 str(row["rounds"]),
-            ]
-        else:
-            cells += ["-"] * 3
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def store(report: dict, path: Path) -> None:
-    """In place of an earlier report of the same case and strategies; others stay."""
+    """In place of an earlier report of the same case, strategies and parts; others stay."""
     stored = json.loads(path.read_text()) if path.exists() else []
     others = [other for other in stored if _key(other) != _key(report)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +216,7 @@ def store(report: dict, path: Path) -> None:
 
 def _key(report: dict) -> list:
     case = ("model", "device", "batch", "precision")
-    return [*(report[name] for name in case), [(row["strategy"], "rounds" in row) for row in report["rows"]]]
+    return [*(report[name] for name in case), [(row["strategy"], sorted(row)) for row in report["rows"]]]
 
 
 if __name__ == "__main__":

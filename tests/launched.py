@@ -42,7 +42,7 @@ def train(words, breaks=None, dies=None):
 
 def train_divided(words, stop=None, resume=False):
     """With FSDP. Accelerate takes it for GPUs only; told that these processes have one each, it does all the same."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer,Film"}
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     agreed, run = training._Trainer._agreed, training._Trainer.run
