@@ -4,8 +4,9 @@ Operations, peak memory and time of a training step under each strategy, relativ
 for CARIS (Swin-B, BERT-base, random weights) at 448 pixels. A step is forward, backward, clipping and AdamW, on one
 batch that lies on the device; no data is loaded. The strategies take their steps in turn, in another order each round,
 on the same weights, so that the machine's speed is the same for all of them; the ratio of times is the median over
-rounds of the ratio within one. Operations are multiplications and additions of matrix products, convolutions and
-attention, as PyTorch counts them.
+rounds of the ratio within one. "Alone" is the time of map and loss, forward and backward, on given features and logits,
+for strategies that need no other pass: a cost below one percent is lost in the noise of whole steps. Operations are
+multiplications and additions of matrix products, convolutions and attention, as PyTorch counts them.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aml.alignment import AlignmentLoss
 from aml.models import RISModel, build_model
+from aml.strategies import BLOCK_STRATEGIES
 
 #: name -> settings of `AlignmentLoss`. The first is what the others are compared with. Nothing else draws a map there,
 #: and the filters act from the first step.
 STRATEGIES = {
     "none": {"strategy": "none", "projection": "gaussian"},
     "loss": {"strategy": "loss", "projection": "trained"},
-    "loss, gaussian": {"strategy": "loss", "projection": "gaussian"},
+    "loss (gaussian)": {"strategy": "loss", "projection": "gaussian"},
     "image": {"strategy": "image", "projection": "trained"},
     "released": {
         "strategy": "released", "projection": "linear", "words": "all", "normalize": False, "softmax": True,
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="default: 1 on a CPU, 8 on a GPU")
     parser.add_argument("--precision", choices=("no", "bf16"), help="default: no on a CPU, bf16 on a GPU")
-    parser.add_argument("--parts", default="operations,memory,time", help="what to measure; default: %(default)s")
+    parser.add_argument("--parts", default="operations,memory,alone,time", help="what to measure; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=120, help="of timed steps; default: %(default)s")
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="in this list; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to store the rows, beside those of others")
@@ -84,6 +86,10 @@ def benchmark(
         peaks = {name: peak_memory(step, model, case["device"]) for name, step in steps.items()}
         for name, peak in peaks.items():
             rows[name] |= {"peak_bytes": peak, "memory_ratio": peak / peaks[base]}
+    if "alone" in parts:
+        alone = measure.alternate(losses_alone(model, batch, strategies), timer(case["device"]), seconds=5, least=15)
+        for name, seconds_alone in alone.items():
+            rows[name] |= dict(zip(("alone_p20_s", "alone_p50_s"), measure.percentiles(seconds_alone), strict=False))
     if "time" in parts:
         times = measure.alternate(steps, timer(case["device"]), seconds=seconds, least=3, warm_up=1)
         for name in steps:
@@ -117,9 +123,7 @@ def make_steps(
     """Per strategy a call that trains one step. They share the model's weights and moments."""
     optimizer = torch.optim.AdamW(model.parameter_groups(1e-6, 0.01), fused=True)
     for name, settings in strategies.items():
-        aligner = AlignmentLoss(
-            **settings, visual_dim=model.visual_dim, text_dim=model.text_dim, warmup_steps=0
-        ).to(device)
+        aligner = make_aligner(model, settings, device)
         own = list(aligner.parameters())
         optimizers = [optimizer, *([torch.optim.AdamW(own, lr=1e-6, fused=True)] if own else [])]
         yield name, make_step(model, aligner, batch, optimizers, device, precision)
@@ -142,6 +146,32 @@ def make_step(
         return (record["loss"],)
 
     return step
+
+
+def losses_alone(model: RISModel, batch: dict[str, Tensor], strategies: dict[str, dict]) -> dict[str, Step]:
+    """What a strategy without another pass does with the model's outputs."""
+    with torch.no_grad():
+        logits, alignment = model(batch["image"], batch["tokens"], batch["text_mask"], return_alignment=True)
+    logits.requires_grad_()
+
+    def alone(aligner: AlignmentLoss) -> Step:
+        def step() -> tuple[Tensor, ...]:
+            loss, _ = aligner(logits, batch["target"], alignment, 0)
+            loss.backward()
+            return (loss,)
+
+        return step
+
+    return {
+        name: alone(make_aligner(model, settings, batch["image"].device))
+        for name, settings in strategies.items()
+        if settings["strategy"] not in (*BLOCK_STRATEGIES, "released")
+    }
+
+
+def make_aligner(model: RISModel, settings: dict, device: str | torch.device) -> AlignmentLoss:
+    sizes = {"visual_dim": model.visual_dim, "text_dim": model.text_dim}
+    return AlignmentLoss(**settings, **sizes, warmup_steps=0).to(device)
 
 
 def timer(device: str) -> Callable[[Step], float]:
@@ -187,17 +217,20 @@ def table(report: dict) -> str:
         f"{made['aml_kernels']} at {made['commit']}, PyTorch {made['torch']}, {made['date']}. Ratios: median over "
         f"rounds [p20, p80]. To compare with: {REFERENCE}.",
         "",
-        "| strategy | 10^12 operations | / none | peak memory | / none | step, p50 [p20, p80] | time / none | rounds |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| strategy | 10^12 operations | / none | peak memory | / none | map and loss alone, p50 [p20] | "
+        "step, p50 [p20, p80] | / none | rounds |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for row in report["rows"]:
-        cells = [row["strategy"], *["-"] * 7]
+        cells = [row["strategy"], *["-"] * 8]
         if "operations" in row:
             cells[1:3] = f"{row['operations'] / 1e12:.3f}", f"{row['operations_ratio']:.3f}"
         if "peak_bytes" in row:
             cells[3:5] = f"{row['peak_bytes'] / 2**30:.3f} GiB", f"{row['memory_ratio']:.4f}"
+        if "alone_p50_s" in row:
+            cells[5] = f"{row['alone_p50_s'] * 1e3:.2f} [{row['alone_p20_s'] * 1e3:.2f}] ms"
         if "rounds" in row:
-            cells[5:] = (
+            cells[6:] = (
                 f"{row['p50_s']:.3f} [{row['p20_s']:.3f}, {row['p80_s']:.3f}] s",
                 f"{row['time_ratio']:.3f} [{row['time_ratio_p20']:.3f}, {row['time_ratio_p80']:.3f}]",
                 str(row["rounds"]),

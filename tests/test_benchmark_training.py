@@ -17,16 +17,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def report(tmp_path_factory):
     model = golden.tiny_caris(tmp_path_factory.mktemp("bert"))
     case = {"model": "tiny", "device": "cpu", "batch": 2, "precision": "no", "threads": 1}
-    rows = bench.benchmark(model, case, bench.STRATEGIES, ["operations", "memory", "time"], seconds=0.01)
+    rows = bench.benchmark(model, case, bench.STRATEGIES, ["operations", "memory", "alone", "time"], seconds=0.01)
     machine = {"name": "a CPU", "load_before": 0.0}
     return {"provenance": bench.measure.provenance(), "machine": machine, **case, "rows": rows}
 
 
 def test_every_strategy_is_measured_beside_none(report):
     rows = {row["strategy"]: row for row in report["rows"]}
-    assert list(rows) == ["none", "loss", "loss, gaussian", "image", "released"]
+    assert list(rows) == ["none", "loss", "loss (gaussian)", "image", "released"]
     assert rows["none"]["time_ratio"] == rows["none"]["memory_ratio"] == 1.0
     assert all(row["rounds"] == 3 and row["p20_s"] <= row["p50_s"] <= row["p80_s"] for row in rows.values())
+    assert [name for name, row in rows.items() if "alone_p50_s" in row] == ["none", "loss", "loss (gaussian)"]
     operations = {name: row["operations_ratio"] for name, row in rows.items()}
     assert operations["none"] == 1 <= operations["loss"] < 1.01 < operations["image"] < 1.4 < operations["released"]
     # Two forward passes and their activations against one; a pass without gradients keeps nothing.
@@ -48,7 +49,7 @@ def test_the_strategies_do_what_they_are_named_after(monkeypatch, tmp_path):
         passes[name] = list(calls)
     one = ["forward"]
     assert passes == {
-        "none": one, "loss": one, "loss, gaussian": one, "image": ["encode", *one], "released": [*one, "filtered"],
+        "none": one, "loss": one, "loss (gaussian)": one, "image": ["encode", *one], "released": [*one, "filtered"],
     }
 
 
