@@ -4,7 +4,6 @@ A bug is caught by a case of test_emulation_builds.py, in the kind of run named 
 same cases in the same runs pass with the kernels as they are.
 """
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,11 +48,11 @@ BUGS = {
     ),
     "read beyond the input": Bug(
         "quantile", "selection.cuh", "const bool has_next = p + threads < packs;", "const bool has_next = true;",
-        "bounds", "quantile, one block", r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size",
+        "bounds", "quantile, one block", "AddressSanitizer: heap-buffer-overflow",
     ),
     "index beyond shared memory": Bug(
         "quantile", "selection.cuh", "&s.bins[other >> shift & digit]", "&s.bins[other >> shift & 4095]",
-        "bounds", "quantile, one block", r"selection.cuh:\d+.*index \d+ out of bounds for type 'unsigned int",
+        "bounds", "quantile, one block", "out of bounds for type 'unsigned int [2048]'",
     ),
     "vector load of misaligned memory": Bug(
         "quantile", "selection.cuh", "return int64_t(-reinterpret_cast<uintptr_t>(values) % 16 / sizeof(T));",
@@ -80,11 +79,11 @@ BUGS = {
         "quantile", "selection.cuh",
         "if (threadIdx.x == 0) s.wanted = place_of(all, team.count(s, pass, kBins - 1));\n      __syncthreads();",
         "if (threadIdx.x == 0) {\n s.wanted = place_of(all, team.count(s, pass, kBins - 1));\n __syncthreads();\n }",
-        "plain", "quantile, one block", r"divergent barrier: others wait at selection.cuh:\d+",
+        "plain", "quantile, one block", "divergent barrier: others wait at selection.cuh",
     ),
     "lanes missing from a mask": Bug(
         "similarity", "features.cuh", "__ballot_sync(kAllLanes, call.is_word", "__ballot_sync(0xFFFFu, call.is_word",
-        "plain", "similarity along cells", r"the mask does not name the calling lane: .* at features.cuh:\d+",
+        "plain", "similarity along cells", "the mask does not name the calling lane",
     ),
     "shared memory that nobody has set": Bug(
         "quantile", "selection.cuh", "for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.bins[bin] = 0;", "",
@@ -97,7 +96,7 @@ BUGS = {
     "more blocks than run at once": Bug(
         "masked_loss", "loss_strips.cuh", "std::min<int64_t>(resident, call.samples * call.strips)",
         "int64_t(call.samples * call.strips)", "plain", "loss of samples each",
-        r"a cooperative launch of \d+ blocks, 4 are resident together",
+        "are resident together",
     ),
 }
 
@@ -105,7 +104,7 @@ BUGS = {
 def table() -> str:
     """Markdown, for docs/verification.md."""
     rows = [
-        f"| {name} | `{bug.header}` | {bug.run} | {re.sub(r'[^A-Za-z0-9:, -]+', ' ... ', bug.found)} |"
+        f"| {name} | `{bug.header}` | {bug.run} | {bug.found} |"
         for name, bug in BUGS.items()
     ]
     return "\n".join(["| bug | planted in | caught in the run | as |", "|---|---|---|---|", *rows])
@@ -155,7 +154,7 @@ def test_the_bug_is_caught(sources, name):
     found = outcome(emulated, bug.case)
     emulated.close()
     assert found, f"no schedule of the {bug.run} run shows it in the case {bug.case!r}"
-    assert re.search(bug.found, found), found
+    assert bug.found in found, found
 
 
 @pytest.mark.parametrize("run, operator, case", sorted({(bug.run, bug.operator, bug.case) for bug in BUGS.values()}))

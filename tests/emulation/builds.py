@@ -82,6 +82,11 @@ def _compiler_version() -> bytes:
     return subprocess.run([str(compiler()), "--version"], capture_output=True).stdout
 
 
+def compiler_major() -> int:
+    told = subprocess.run([str(compiler()), "-dumpversion"], capture_output=True, text=True).stdout
+    return int(told.partition(".")[0])
+
+
 _processors = threading.Semaphore(os.cpu_count() or 1)
 
 
