@@ -179,13 +179,15 @@ def kernels() -> list[Kernel]:
 
 def table() -> str:
     """Markdown: a row per kernel, the architectures' figures beside each other."""
-    rows = ["| kernel | registers | shared bytes | spilled bytes | 128-bit loads |", "|---|--:|--:|--:|--:|"]
+    rows = ["| kernel | threads x blocks claimed | registers | shared bytes | spilled bytes | 128-bit loads |",
+            "|---|--:|--:|--:|--:|--:|"]
     by_name: dict[str, list[Kernel]] = {}
     for kernel in kernels():
         by_name.setdefault(kernel.name, []).append(kernel)
     for name, each in by_name.items():
         each.sort(key=lambda kernel: ARCHITECTURES.index(kernel.architecture))
+        claim = f"{each[0].threads} x {each[0].claimed_blocks}"
         figures = zip(*((k.registers, k.shared, k.stack, k.wide_loads) for k in each), strict=True)
         cells = (str(f[0]) if len(set(f)) == 1 else " / ".join(map(str, f)) for f in figures)
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+        rows.append(f"| `{name}` | {claim} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -56,7 +56,7 @@ BUGS = {
     ),
     "vector load of misaligned memory": Bug(
         "quantile", "selection.cuh", "return int64_t(-reinterpret_cast<uintptr_t>(values) % 16 / sizeof(T));",
-        "return 0;", "bounds", "quantile, one block", "load of misaligned address",
+        "return 0;", "bounds", "quantile, one block", "misaligned address",
     ),
     "missing fence of the blocks that write": Bug(
         "similarity", "similarity_backward.cuh", "__threadfence();\n    const uint32_t blocks", "const uint32_t blocks",
@@ -72,7 +72,7 @@ BUGS = {
     ),
     "barrier of the grid that some blocks skip": Bug(
         "masked_loss", "loss_strips.cuh", "grid_barrier();\n  if (blockIdx.x >= call.samples) return;",
-        "if (blockIdx.x >= call.samples) return;\n  grid_barrier();", "plain", "loss of packed rows, fp32",
+        "if (blockIdx.x >= call.samples) return;\n  grid_barrier();", "plain", "loss of small logits",
         "a barrier of the grid waits for a block that has finished",
     ),
     "divergent barrier": Bug(
@@ -90,7 +90,8 @@ BUGS = {
         "plain", "quantile, one block", WRONG,
     ),
     "scratch that nobody has set": Bug(
-        "region_filter", "region_filter.cuh", "scratch.flags[int64_t(b) * call.regions() + i] = 0;", "",
+        "region_filter", "region_filter.cuh", "for (uint32_t i = threadIdx.x; i < call.regions(); i += kFilterThreads) "
+        "scratch.flags[int64_t(b) * call.regions() + i] = 0;", "",
         "plain", "region filter", WRONG,
     ),
     "more blocks than run at once": Bug(
