@@ -114,11 +114,15 @@ def compile_source(source: Path, result: Path) -> Path:
     return unfinished.rename(result)
 
 
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
 def _compiled(source: Path) -> Path:
     folders = [ROOT / "csrc" / "common", ROOT / "csrc" / "cuda"]
     files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-    version = subprocess.run(["nvcc", "--version"], capture_output=True).stdout
-    digest = hashlib.sha256(version + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    digest = hashlib.sha256(nvcc_version().encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     result = ROOT / ".cache" / "machine_code" / digest / f"{source.stem}.fatbin"
     result.parent.mkdir(parents=True, exist_ok=True)
     return result if result.exists() else compile_source(source, result)

@@ -166,3 +166,8 @@ def test_without_it_nothing_is_found(run, operator, case):
     found = outcome(emulated, case)
     emulated.close()
     assert found is None, found
+
+
+def test_the_table_in_the_documentation_is_this():
+    document = (builds.ROOT / "docs" / "verification.md").read_text()
+    assert table() in document, "put the output of tests/verification.py into docs/verification.md"
