@@ -125,7 +125,7 @@ def _readable(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short, strict=True))
 
 
-def _read(path: Path, architecture: str) -> list[Kernel]:
+def read(path: Path, architecture: str) -> list[Kernel]:
     usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _dump("-res-usage", path, architecture)))
     names = _readable(list(usage))
     kernels = []
@@ -150,7 +150,7 @@ def kernels() -> list[Kernel]:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             cubins = pool.map(lambda item: _compiled(*item), work)
         pairs = [(cubin, architecture) for cubin, (_, architecture) in zip(cubins, work, strict=True)]
-    found = {(k.name, k.architecture): k for path, architecture in pairs for k in _read(path, architecture)}
+    found = {(k.name, k.architecture): k for path, architecture in pairs for k in read(path, architecture)}
     return [found[key] for key in sorted(found)]
 
 

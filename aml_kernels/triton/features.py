@@ -12,8 +12,6 @@ from .tensors import FLOATS, as_bytes, check, extent, index_type
 # few enough that a thread holds what it needs for the norms. More words than 32 take more rounds over the pixels, which
 # are in the cache by then. The next channels are on their way while these are multiplied.
 PIXELS, WORDS, CHANNELS, WARPS = 64, 32, 32, 8
-if INTERPRETED:  # whose time goes by operations, not by their size
-    PIXELS, CHANNELS = 256, 512
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # vectors shorter than 1e-12 have no direction
 
 
