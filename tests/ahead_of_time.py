@@ -27,7 +27,7 @@ TYPES = {
 }
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    (AMD := "gfx942"): GPUTarget("hip", "gfx942", 64),
 }
 
 
@@ -103,16 +103,17 @@ def figures(program, target: str) -> dict[str, int]:
         file.write(program.asm["cubin"])
         file.flush()
         code, = machine_code.read(Path(file.name), target)
+    wide_copies = code.count(r"LDGSTS\..*\.128(\..*)?")  # to shared memory
     return {
         "registers": code.registers, "shared": program.metadata.shared, "spilled": code.stack,
-        "local": code.local_accesses, "fp64": code.double_instructions, "wide": code.wide_loads,
+        "local": code.local_accesses, "fp64": code.double_instructions, "wide": code.wide_loads + wide_copies,
         "tensor cores": code.count(r"[HQ]G?MMA\..*|UTC\w*MMA.*"), "tf32": code.count(r".*MMA.*TF32.*"),
     }
 
 
 def faults(row: dict) -> list[str]:
     """What is wrong with a program."""
-    wide, products = EXPECTED.get((row["call"], row["kernel"]), (0, 0))
+    wide, products = EXPECTED.get((row["call"], f"{row['module']}.{row['kernel']}"), (0, 0))
     found = {
         "spilled bytes": row["spilled"], "accesses to local memory": row["local"],
         "fp64 instructions": row["fp64"], "products rounded to TF32": row["tf32"],
@@ -157,8 +158,9 @@ def main() -> int:
     parser.add_argument("--representative", action="store_true", help="only what test_triton_compile.py looks at")
     parser.add_argument("--json", action="store_true", help="print rows instead of the table")
     options = parser.parse_args()
-    names = REPRESENTATIVE if options.representative else CALLS
-    rows = list(compiled({name: CALLS[name] for name in names}, TARGETS))
+    names = REPRESENTATIVE if options.representative else tuple(CALLS)
+    rows = list(compiled({name: CALLS[name] for name in names}, machine_code.ARCHITECTURES))
+    rows += compiled({name: CALLS[name] for name in (names[:1] if options.representative else names)}, [AMD])
     if options.json:
         planted = list(compiled({"planted": planted_kernels.call}, ["sm_90"]))
         print(json.dumps({"rows": rows, "planted": planted, "alike": alike()}))

@@ -55,10 +55,15 @@ def conditions():
 def backend(request, conditions):
     """Each back end in turn; one that cannot run here is skipped, saying why."""
     if request.param == "triton" and INTERPRETED:
-        return request.getfixturevalue("interpreted")
+        name = request.getfixturevalue("interpreted")
+        import interpreter
+
+        with interpreter.larger_tiles():
+            yield name
+        return
     if reason := missing(request.param):
         pytest.skip(reason)
-    return request.param
+    yield request.param
 
 
 @pytest.fixture(scope="module")

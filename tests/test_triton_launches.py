@@ -9,7 +9,6 @@ from aml_kernels import _backend, aml_loss, filter_regions, masked_loss, pixel_t
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 if _backend.missing("triton", "cpu") is None:
-    import numpy as np
     import traffic
     import triton
     import triton.language as tl
@@ -40,14 +39,12 @@ LIMITS = {
 FORWARD = ["forward_kernel", "limits_kernel", "forward_kernel"]
 
 
-@pytest.mark.parametrize("logits", ((24, 33), (6, 9), (50, 70)), ids=("same", "smaller", "larger"))
+@pytest.mark.parametrize("logits", ((12, 17), (6, 9), (16, 20)), ids=("same", "smaller", "larger"))
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("masks", (True, False), ids=("valid", "all"))
-def test_aml_loss_is_three_launches_forward_and_one_backward(limit, logits, masks):
+def test_aml_loss_is_three_launches_forward_and_one_backward(limit, logits):
     """No other work for the GPU either, such as filling or copying memory."""
-    inputs = loss_inputs(batch=2, logits=logits, layouts=("contiguous",))
+    inputs = loss_inputs(batch=2, logits=logits, target=(12, 17), layouts=("contiguous",))
     z, similarity = inputs.pop("logits").requires_grad_(), inputs.pop("similarity")
-    inputs = inputs if masks else {"target": inputs["target"]}
     words = features((5, 7))
     for reduction in ("mean", "none"):
         options = {**inputs, **LIMITS[limit], "reduction": reduction, "backend": "triton"}
@@ -108,7 +105,7 @@ def test_bytes_are_counted_as_they_are_moved():
     launch, fill = counted
     assert (launch.kernel, launch.read, launch.written, launch.requested) == ("copy_kernel", 80, 80, 2 * (40 + 3 + 40))
     assert (fill.kernel, fill.read, fill.written) == ("aten.zeros.default", 0, 0)
-    assert torch.equal(out, x + x[0]) and isinstance(counted[0]._read[0], np.ndarray)
+    assert torch.equal(out, x + x[0])
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +116,14 @@ def rows(interpreted):
 
 
 def test_moved_bytes_are_close_to_the_least(rows):
-    """Each input read once and each output written once: within 2 % for the fused losses. What is beyond: see docs."""
-    allowed = {("aml_loss", "forward"): 1.02, ("aml_loss", "backward"): 1.02, ("masked_loss", "forward"): 1.02}
+    """Each input read once and each output written once, but for words that are none. What is beyond: see the docs."""
+    beyond = {
+        ("masked_loss", "forward"): 1.25, ("sample_quantile", "forward"): 1.25,
+        ("pixel_text_similarity", "backward"): 2.5,
+    }
     for row in rows:
-        ratio = row.moved / row.least
-        assert ratio >= 0.99, f"{row.operator} {row.passed}: reads less than its inputs, so that this counts wrongly"
-        assert ratio <= allowed.get((row.operator, row.passed), 10), f"{row.operator} {row.case} {row.passed}: {ratio}"
+        ratio, most = row.moved / row.least, beyond.get((row.operator, row.passed), 1.02)
+        assert 0.98 <= ratio <= most, f"{row.operator} {row.case} {row.passed}: {ratio}"
 
 
 def test_the_table_in_the_docs_is_this_one(rows):

@@ -94,6 +94,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "similarity fp16 last softmax": similarity(dtype=F16, last=True, softmax=True),
     "similarity fp32": similarity(dtype=F32),
     "similarity mixed": similarity(dtype=BF16, text_dtype=F32, softmax=True),
+    "similarity mixed last": similarity(dtype=F32, text_dtype=F16, last=True),
+    "similarity odd fp32": similarity(size=(300, 15, 15), words=77, dtype=F32, softmax=True),
     "similarity odd": similarity(size=(300, 15, 15), words=77),
     "similarity huge": similarity(size=(2048, 1024, 1024), batch=1),
     "quantile short": quantile(196, valid=True, per_sample=True),
@@ -108,13 +110,39 @@ CALLS: dict[str, Callable[[], object]] = {
     "aml_loss": fused(),
 }
 
-#: Calls that have every kernel, each in the configuration that is trained with or nearest to the limit of registers.
+#: Calls that have every kernel, with the fused loss as it is trained with and the types that take most registers.
 REPRESENTATIVE = (
-    "aml_loss", "loss fp32 fp32 valid", "similarity fp32", "quantile short", "quantile long", "regions fp32",
+    "aml_loss", "loss fp32 fp32 valid", "similarity fp32", "quantile short bf16", "quantile long", "regions fp32",
 )
 
 #: For calls and kernels whose inputs are aligned: at least how many 128-bit loads and tensor core instructions.
-EXPECTED = {}
+EXPECTED = {
+    ("loss bf16 uint8", "masked_loss.forward_kernel"): (1, 0),  # 8 logits of a thread; their targets are 64 bits
+    ("loss bf16 uint8", "masked_loss_backward.backward_kernel"): (1, 0),
+    ("loss fp16 bool none", "masked_loss.forward_kernel"): (1, 0),
+    ("loss fp16 bool none", "masked_loss_backward.backward_kernel"): (1, 0),
+    ("loss fp32 fp32 valid", "masked_loss.forward_kernel"): (4, 0),  # 8 logits and 8 targets
+    ("loss fp32 fp32 valid", "masked_loss_backward.backward_kernel"): (4, 0),
+    ("loss fp32 bf16 direct map", "masked_loss.limits_kernel"): (4, 0),
+    ("loss fp32 bf16 direct map", "masked_loss.forward_kernel"): (4, 0),  # 8 logits, targets and cells
+    ("loss fp32 bf16 direct map", "masked_loss_backward.backward_kernel"): (4, 0),
+    ("loss quarter fp32 fp32 valid", "masked_loss.forward_kernel"): (1, 0),  # 4 targets; the rest is gathered
+    **{
+        (call, f"{module}.{kernel}"): (1, products)
+        for call, products in (("similarity bf16", 1), ("similarity fp16 last softmax", 1), ("similarity fp32", 0))
+        for module, kernel in (("similarity", "forward_kernel"), ("similarity_backward", "coefficients_kernel"))
+    },
+    ("similarity fp32", "similarity_backward.visual_kernel"): (8, 0),
+    ("similarity fp32", "similarity_backward.words_kernel"): (2, 0),
+    ("similarity odd", "similarity.forward_kernel"): (0, 1),
+    ("aml_loss", "similarity.forward_kernel"): (0, 1),
+    ("quantile short bf16", "quantile.quantile_kernel"): (4, 0),  # once for each digit
+    ("quantile of a map", "quantile.quantile_kernel"): (4, 0),
+    ("quantile long", "quantile.digits_kernel"): (1, 0),
+    ("regions fp32", "region_filter.copy_kernel"): (1, 0),
+    ("regions bf16 large blocks", "region_filter.copy_kernel"): (1, 0),
+    ("planted", "planted_kernels.narrow_kernel"): (1, 0),
+}
 
 #: Calls that differ in what changes from batch to batch and must not be compiled for.
 ALIKE = {

@@ -12,8 +12,9 @@ from .resize import coordinates, load_plane, load_resized
 from .selection import count_digits, descend, ordered_key
 from .tensors import FLOATS, as_bytes, check, check_limit, loss_index_type, plane
 
-# 8 rows of 128 pixels, 8 pixels to a thread; where blocks are looked at, 128 columns of as many blocks as fit.
-TILE_ROWS, TILE_COLUMNS, WARPS = 8, 128, 4
+# 8 rows of 128 pixels, 8 pixels to a thread; where blocks are looked at, 128 columns of as many blocks as fit, and
+# 4 pixels to a thread, so that what it takes to resize the map stays in registers.
+TILE_ROWS, WEAK_TILE_ROWS, TILE_COLUMNS, WARPS = 8, 4, 128, 4
 FILLS = 4  # channels that are copied in one launch: their colour travels with it, since copying a list would wait
 
 
@@ -160,7 +161,7 @@ def filter_regions(
         weak_kernel[(samples * block_rows * triton.cdiv(block_columns, TILE_COLUMNS // span),)](
             *plane(similarity), *plane(protect)[:4], rows, columns, block_size, limits, seed, weak, keys,
             RESIZED=similarity.shape[1:] != image.shape[2:], BLOCKS=TILE_COLUMNS // span, SPAN=span,
-            TILE_ROWS=TILE_ROWS, INDEX=index, num_warps=WARPS, enable_fp_fusion=False,
+            TILE_ROWS=WEAK_TILE_ROWS, INDEX=index, num_warps=WARPS, enable_fp_fusion=False,
         )
         choose_kernel[(samples,)](
             weak, keys, blocks, drop_ratio, as_bytes(dropped), BLOCK=quantiles.BLOCK, num_warps=quantiles.WARPS,
