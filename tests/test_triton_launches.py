@@ -9,7 +9,7 @@ from aml_kernels import _backend, aml_loss, filter_regions, masked_loss, pixel_t
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 if _backend.missing("triton", "cpu") is None:
-    import traffic
+    import triton_traffic
     import triton
     import triton.language as tl
 
@@ -23,7 +23,7 @@ if _backend.missing("triton", "cpu") is None:
 
 def launches(call):
     """What `call` returns, and the names of what it launched."""
-    with traffic.counted() as counted:
+    with triton_traffic.counted() as counted:
         result = call()
     return result, [launch.kernel for launch in counted]
 
@@ -99,7 +99,7 @@ def test_other_operators(monkeypatch):
 def test_bytes_are_counted_as_they_are_moved():
     """Otherwise the tests below show nothing: three programs, one of them half empty, each reading one number more."""
     x, out = torch.arange(40.0).half(), torch.empty(40, dtype=torch.float16)
-    with traffic.counted() as counted:
+    with triton_traffic.counted() as counted:
         copy_kernel[(3,)](x, out, 40, BLOCK=16)
         torch.zeros(3)
     launch, fill = counted
@@ -112,7 +112,7 @@ def test_bytes_are_counted_as_they_are_moved():
 def rows(interpreted):
     """The table of docs/verification.md."""
     torch.manual_seed(0)
-    return [row for workload in traffic.workloads() for row in traffic.rows(workload)]
+    return [row for workload in triton_traffic.workloads() for row in triton_traffic.rows(workload)]
 
 
 def test_moved_bytes_are_close_to_the_least(rows):
@@ -127,5 +127,5 @@ def test_moved_bytes_are_close_to_the_least(rows):
 
 
 def test_the_table_in_the_docs_is_this_one(rows):
-    text = (traffic.ROOT / "docs" / "verification.md").read_text()
-    assert traffic.table(rows) in text, f"docs/verification.md has another table than\n{traffic.table(rows)}"
+    text = (triton_traffic.ROOT / "docs" / "verification.md").read_text()
+    assert triton_traffic.table(rows) in text, f"docs/verification.md has another table than\n{triton_traffic.table(rows)}"

@@ -13,7 +13,7 @@ from aml_kernels import _backend, masked_loss, sample_quantile
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 if _backend.missing("triton", "cpu") is None:
-    import traffic
+    import triton_traffic
     import triton
     import triton.language as tl
 
@@ -105,7 +105,7 @@ def test_how_often_a_large_sample_is_read(kind, passes):
     """Once if the spaced sample is right, a twelfth of it read three times. Else four times more, for all digits."""
     values = LARGE[kind]()
     values = values.repeat(1, 5)[:, : 5 * N - 3] if kind != "hidden" else hidden(5 * N)
-    with traffic.counted() as counted:
+    with triton_traffic.counted() as counted:
         sample_quantile(values, 0.3, backend="triton")
     launch, = counted
     assert passes[0] <= launch.requested_from(values) / (4 * values.numel()) <= passes[1]

@@ -1,6 +1,6 @@
 """What calls of the Triton operators launch, and which memory their kernels read and write: counted in the interpreter.
 
-`TRITON_INTERPRET=1 python tests/traffic.py` prints the table of docs/verification.md.
+`TRITON_INTERPRET=1 python tests/triton_traffic.py` prints the table of docs/verification.md.
 """
 
 import contextlib
