@@ -7,10 +7,12 @@ the calls that REPRESENTATIVE names. TRITON_INTERPRET must not be set.
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import machine_code
 import planted_kernels
@@ -99,13 +101,23 @@ def compiled(calls: dict[str, Callable[[], object]], targets: Iterable[str]) -> 
 
 
 def figures(program, target: str) -> dict[str, int]:
+    cuobjdump = str(machine_code.tool("cuobjdump"))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(program.asm["cubin"])
         file.flush()
-        code, = machine_code.read(Path(file.name), target)
+        usage, listing = (
+            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing))
+    code = machine_code.Kernel(
+        program.metadata.name, target, numbers["REG"], program.metadata.shared, numbers["STACK"] + numbers["LOCAL"],
+        opcodes, 32 * program.metadata.num_warps, 1,
+    )
     wide_copies = code.count(r"LDGSTS\..*\.128(\..*)?")  # to shared memory
     return {
-        "registers": code.registers, "shared": program.metadata.shared, "spilled": code.stack,
+        "registers": code.registers, "shared": code.shared, "spilled": code.stack,
         "local": code.local_accesses, "fp64": code.double_instructions, "wide": code.wide_loads + wide_copies,
         "tensor cores": code.count(r"[HQ]G?MMA\..*|UTC\w*MMA.*"), "tf32": code.count(r".*MMA.*TF32.*"),
     }

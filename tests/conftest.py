@@ -12,26 +12,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 
 import thinning  # noqa: E402
-from helpers import FOR_GPUS  # noqa: E402
+from helpers import FOR_GPUS, INTERPRETED, device_of, missing  # noqa: E402
 
 from aml_kernels import _backend  # noqa: E402
 
 settings.register_profile("repository", deadline=None, derandomize=True)
 settings.load_profile("repository")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def device_of(backend: str) -> str:
-    """Where the tests of a back end have their tensors."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
-
-
-def missing(backend: str) -> str | None:
-    device = device_of(backend)
-    if device == "cuda" and not torch.cuda.is_available():
-        return "needs an NVIDIA GPU"
-    return _backend.missing(backend, device)
 
 
 @pytest.fixture(scope="module")

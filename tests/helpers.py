@@ -4,15 +4,32 @@ Numbers are drawn on the CPU, so that they are the same everywhere, and put on t
 under test (`conftest.device`).
 """
 
+import os
+
 import textbook
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from aml_kernels import _backend
 from aml_kernels.reference import resize_bilinear
 
 FOR_GPUS = ("triton", "cuda")  #: back ends that cannot look at numbers, and take no fp64
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAYOUTS = ("contiguous", "transposed", "batch_last", "cut", "sliced")
+
+
+def device_of(backend: str) -> str:
+    """Where the tests of a back end have their tensors."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
+
+
+def missing(backend: str) -> str | None:
+    """Why a back end cannot be tested here."""
+    device = device_of(backend)
+    if device == "cuda" and not torch.cuda.is_available():
+        return "needs an NVIDIA GPU"
+    return _backend.missing(backend, device)
 
 
 def here(values):

@@ -1,7 +1,7 @@
 """What nvcc made of the CUDA kernels: registers, shared memory, spills and loads, read from the machine code.
 
-`python tests/machine_code.py` prints the table of docs/verification.md. It takes the built extension where that holds
-CUDA kernels, and else compiles csrc/cuda/*.cu with nvcc, without PyTorch.
+From the built extension where that holds CUDA kernels, and else from csrc/cuda/*.cu, compiled with nvcc and without
+PyTorch. The table is that of docs/verification.md; tests/verification.py prints it.
 """
 
 import functools
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_OF_PROCESSOR = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 REGISTERS_OF_PROCESSOR = 1 << 16
+THREADS_OF_PROCESSOR = 2048
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Kernel:
     shared: int  #: bytes
     stack: int  #: bytes of local memory, which is where registers are spilled to
     opcodes: Counter
+    threads: int  #: of a block, at most; from __launch_bounds__, as is ...
+    claimed_blocks: int  #: ... how many blocks a multiprocessor is to run at once
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches the whole of `pattern`."""
@@ -51,12 +54,15 @@ class Kernel:
     def double_instructions(self) -> int:
         return self.count(r"D(ADD|MUL|FMA|SETP|MNMX)(\..+)?|.*\.F64(\..+)?|.*64H(\..+)?")
 
-    def blocks_per_processor(self, threads: int) -> int:
-        """How many blocks of that many threads a multiprocessor runs at once."""
-        registers = -(-self.registers // 8) * 8 * threads  # given out to warps in eights per thread
+    @property
+    def blocks(self) -> int:
+        """How many blocks a multiprocessor runs at once."""
+        registers = -(-self.registers // 8) * 8 * self.threads  # given out to warps in eights per thread
         shared = self.shared + 1024  # which the system takes
-        most_threads = 2048 // threads
-        return min(REGISTERS_OF_PROCESSOR // registers, SHARED_OF_PROCESSOR[self.architecture] // shared, most_threads)
+        return min(
+            REGISTERS_OF_PROCESSOR // registers, SHARED_OF_PROCESSOR[self.architecture] // shared,
+            THREADS_OF_PROCESSOR // self.threads,
+        )
 
 
 @functools.cache
@@ -71,13 +77,15 @@ def tool(name: str) -> str | None:
 
 @functools.cache
 def built() -> Path | None:
-    """The extension, if it has code for all of ARCHITECTURES."""
+    """The extension, if it has machine code for all of ARCHITECTURES, and PTX, which tells the launch bounds."""
     from aml_kernels import _backend
 
     if _backend.CUDA_MISSING:
         return None
-    has = {f"sm_{name.partition('+')[0].replace('.', '')}" for name in _backend._C.cuda_architectures()}
-    return Path(_backend._C.__file__) if has >= set(ARCHITECTURES) else None
+    names = _backend._C.cuda_architectures()
+    has = {f"sm_{name.partition('+')[0].replace('.', '')}" for name in names}
+    ptx = any(name.endswith("+PTX") for name in names)
+    return Path(_backend._C.__file__) if ptx and has >= set(ARCHITECTURES) else None
 
 
 @functools.cache
@@ -92,65 +100,80 @@ def missing() -> str | None:
     return None
 
 
-def _compiled(source: Path, architecture: str) -> Path:
-    """The machine code of one .cu. The stand-ins for PyTorch's headers are those of the emulator."""
+def compile_source(source: Path, result: Path) -> Path:
+    """Machine code and PTX of one .cu. The stand-ins for PyTorch's headers are those of the emulator."""
+    numbers = [architecture.removeprefix("sm_") for architecture in ARCHITECTURES]
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    ptx = f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"
+    unfinished = result.with_suffix(f".{os.getpid()}.tmp")
+    subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA", f"-I{ROOT / 'tests' / 'emulation'}", "-fatbin",
+         *codes, ptx, str(source), "-o", str(unfinished)],
+        check=True, capture_output=True, text=True,
+    )
+    return unfinished.rename(result)
+
+
+def _compiled(source: Path) -> Path:
     folders = [ROOT / "csrc" / "common", ROOT / "csrc" / "cuda"]
     files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
     version = subprocess.run(["nvcc", "--version"], capture_output=True).stdout
     digest = hashlib.sha256(version + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    result = ROOT / ".cache" / "machine_code" / digest / f"{source.stem}.{architecture}.cubin"
-    if not result.exists():
-        result.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = result.with_suffix(f".{os.getpid()}.tmp")
-        subprocess.run(
-            ["nvcc", "-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA", f"-I{ROOT / 'tests' / 'emulation'}", "-cubin",
-             f"-arch={architecture}", str(source), "-o", str(unfinished)],
-            check=True, capture_output=True, text=True,
-        )
-        unfinished.rename(result)
-    return result
+    result = ROOT / ".cache" / "machine_code" / digest / f"{source.stem}.fatbin"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    return result if result.exists() else compile_source(source, result)
 
 
-def _dump(option: str, path: Path, architecture: str) -> str:
-    selected = [] if path.suffix == ".cubin" else ["-arch", architecture]
-    return subprocess.run(
-        [str(tool("cuobjdump")), option, *selected, str(path)], check=True, capture_output=True, text=True,
-    ).stdout
+def _dump(path: Path, *options: str) -> str:
+    command = [str(tool("cuobjdump")), *options, str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _readable(names: list[str]) -> dict[str, str]:
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = [re.sub(r"\(.*|^void |aml::cuda::|\(anonymous namespace\)::", "", line) for line in plain.splitlines()]
-    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "f16") for name in short]
+    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("> >", ">>") for name in short]
     return dict(zip(names, short, strict=True))
 
 
-def read(path: Path, architecture: str) -> list[Kernel]:
-    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _dump("-res-usage", path, architecture)))
-    names = _readable(list(usage))
-    kernels = []
-    for part in _dump("-sass", path, architecture).split("Function : ")[1:]:
-        mangled = part.split(None, 1)[0]
-        numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[mangled])}
-        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
-        kernels.append(Kernel(
-            names[mangled], architecture, numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"],
-            Counter(opcodes),
-        ))
-    return kernels
+def _launch_bounds(path: Path) -> dict[str, tuple[int, int]]:
+    """Threads and blocks that each kernel was compiled for, by its name in the machine code."""
+    bounds = {}
+    for name, directives in re.findall(r"\.entry (\w+)\([^)]*\)([^{]*)\{", _dump(path, "-ptx")):
+        threads = re.search(r"\.maxntid (\d+)", directives)
+        blocks = re.search(r"\.minnctapersm (\d+)", directives)
+        bounds[name] = (int(threads[1]) if threads else 1024, int(blocks[1]) if blocks else 1)
+    return bounds
+
+
+def read(path: Path) -> list[Kernel]:
+    """The kernels in an extension, or in what compile_source made."""
+    bounds = _launch_bounds(path)
+    names = _readable(list(bounds))
+    found = []
+    for architecture in ARCHITECTURES:
+        usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", _dump(path, "-res-usage", "-arch", architecture)))
+        for part in _dump(path, "-sass", "-arch", architecture).split("Function : ")[1:]:
+            mangled = part.split(None, 1)[0]
+            numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[mangled])}
+            opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
+            found.append(Kernel(
+                names[mangled], architecture, numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"],
+                Counter(opcodes), *bounds[mangled],
+            ))
+    return found
 
 
 @functools.cache
 def kernels() -> list[Kernel]:
     """All kernels for all architectures."""
-    if built():
-        pairs = [(built(), architecture) for architecture in ARCHITECTURES]
+    extension = built()
+    if extension:
+        paths = [extension]
     else:
-        work = [(source, arch) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for arch in ARCHITECTURES]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            cubins = pool.map(lambda item: _compiled(*item), work)
-        pairs = [(cubin, architecture) for cubin, (_, architecture) in zip(cubins, work, strict=True)]
-    found = {(k.name, k.architecture): k for path, architecture in pairs for k in read(path, architecture)}
+            paths = list(pool.map(_compiled, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))))
+    found = {(kernel.name, kernel.architecture): kernel for path in paths for kernel in read(path)}
     return [found[key] for key in sorted(found)]
 
 
@@ -166,7 +189,3 @@ def table() -> str:
         cells = (str(f[0]) if len(set(f)) == 1 else " / ".join(map(str, f)) for f in figures)
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(missing() or table())

@@ -25,6 +25,7 @@ WAITS = {
     "finished lane": r"(a lane finished that is named in the mask|the mask names a lane that has finished)",
     "not in mask": r"the mask does not name the calling lane: block \d thread \d+ at examples.cu:\d+",
     "grid barrier": r"a barrier of the grid in a launch that is not cooperative",
+    "finished block": r"a barrier of the grid waits for a block that has finished: block \d thread \d+ at",
     "polling": r"endless wait: all that still run only poll",
     "trap": r"trap: block \d thread 3 at examples.cu:\d+",
 }
@@ -135,10 +136,10 @@ def test_mistakes_are_found(emulated, mode, mistake, message):
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_endless_waits_are_errors(emulated, wait):
-    run = emulated("plain")
+    run, cooperative = emulated("plain"), wait in ("finished block", "polling", "deadlock")
     for run.seed in range(2):
         with pytest.raises(Failed, match=WAITS[wait]):
-            run.call("waits", torch.zeros(1), list(WAITS).index(wait), wait in ("polling", "deadlock"))
+            run.call("waits", torch.zeros(1), list(WAITS).index(wait), cooperative)
     assert torch.equal(run.call("rotated", torch.eye(4), False), torch.eye(4).roll(-1, 0))  # usable after an error
 
 

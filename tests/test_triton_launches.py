@@ -9,9 +9,9 @@ from aml_kernels import _backend, aml_loss, filter_regions, masked_loss, pixel_t
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 if _backend.missing("triton", "cpu") is None:
-    import triton_traffic
     import triton
     import triton.language as tl
+    import triton_traffic
 
     from aml_kernels.triton import quantile
 
@@ -127,5 +127,6 @@ def test_moved_bytes_are_close_to_the_least(rows):
 
 
 def test_the_table_in_the_docs_is_this_one(rows):
+    table = triton_traffic.table(rows)
     text = (triton_traffic.ROOT / "docs" / "verification.md").read_text()
-    assert triton_traffic.table(rows) in text, f"docs/verification.md has another table than\n{triton_traffic.table(rows)}"
+    assert table in text, f"docs/verification.md has another table than\n{table}"

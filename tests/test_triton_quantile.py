@@ -13,9 +13,9 @@ from aml_kernels import _backend, masked_loss, sample_quantile
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 if _backend.missing("triton", "cpu") is None:
-    import triton_traffic
     import triton
     import triton.language as tl
+    import triton_traffic
 
     from aml_kernels.triton import quantile, region_filter, selection
 

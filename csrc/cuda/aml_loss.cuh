@@ -1,6 +1,9 @@
 // aml_loss on a GPU, forward, in one launch: similarity tile by tile, a barrier, then what masked_loss does. Of each
 // sample's map, which stays in the L2 cache, every block that needs the threshold finds it by itself.
 //
+// On every architecture the launch is cooperative and the barrier is the grid's; loss_strips.cuh says why no clusters.
+// The grid is what the device runs at once, whatever the input: blocks take tiles, and then strips, in turn.
+//
 // One kernel for all types: its three parts follow each other, so that registers are shared and no part is compiled
 // more often than there are types of what it reads.
 #pragma once

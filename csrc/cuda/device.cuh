@@ -6,7 +6,7 @@
 //   AML_DYNAMIC_SHARED(float, name);        float* to the launch's dynamic shared memory, 16-byte aligned
 //   AML_LAUNCH(grid, block, shared_bytes, stream, kernel<A, B>, arguments...)              -> cudaError_t
 //   AML_LAUNCH_COOPERATIVE(grid, block, shared_bytes, stream, kernel<A, B>, arguments...)  -> cudaError_t
-//   AML_RESIDENT_BLOCKS(threads, shared_bytes, kernel<A, B>)  -> int: blocks that the device runs at once, 0 on failure
+//   AML_RESIDENT_BLOCKS(threads, shared_bytes, kernel<A, B>)  -> int: blocks that the device runs at once, at least 1
 // Arguments are converted to the kernel's parameter types. Inline PTX stands under __CUDACC__ with a C++ branch beside it.
 // Everything is compiled with -fmad=false: a * b + c rounds twice, multiply_add() once (see common/platform.h).
 #pragma once
@@ -47,12 +47,13 @@ cudaError_t launch(bool cooperative, dim3 grid, dim3 block, size_t shared_bytes,
                      : cudaLaunchKernel(address, grid, block, arguments, shared_bytes, stream);
 }
 
-// The driver's answer is kept per kernel and device: asking costs microseconds.
+// The driver's answer is kept per kernel and device: asking costs microseconds. 1 where the device cannot run the kernel:
+// its launch says why.
 template <auto kernel>
 int resident_blocks(int threads, size_t shared_bytes) {
   static std::atomic<uint64_t> known[8];
   int device = 0, processors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
   const uint64_t question = uint64_t(shared_bytes + 1) << 40 | uint64_t(uint8_t(device)) << 32;
   uint64_t entry = known[device % 8].load(std::memory_order_relaxed);
   if (entry >> 32 << 32 != question) {
@@ -62,9 +63,9 @@ int resident_blocks(int threads, size_t shared_bytes) {
     }
     if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes) != cudaSuccess) {
-      return 0;
+      return 1;
     }
-    entry = question | uint32_t(blocks * processors);
+    entry = question | uint32_t(blocks > 0 ? blocks * processors : 1);
     known[device % 8].store(entry, std::memory_order_relaxed);
   }
   return int(uint32_t(entry));

@@ -6,8 +6,9 @@
 // memory; behind a barrier one block per sample adds them up in order, and the last of these blocks adds the samples.
 //
 // The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
-// before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample: a cluster
-// would tie a sample to the 8 or 16 blocks that one can have, and exists from sm_90 on only.
+// before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample. A cluster,
+// which exists from sm_90 on, would tie a sample to its 8 blocks (16, if asked for): a batch of 4 would leave most of the
+// device idle, the sum over samples would need another barrier, and sm_80 this kernel all the same.
 #pragma once
 
 #include <algorithm>
@@ -245,10 +246,8 @@ auto with_way(const PixelCall& call, F f) {
 }
 
 // Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.
-// (None are resident where the device cannot run the kernel; its launch then says why.)
 template <class Way>
 int64_t divide_loss(LossCall& call, int resident, bool teams) {
-  resident = std::max(resident, 1);
   call.strips = cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
   call.blocks = call.group_blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
   call.group_strips = int(call.samples) * call.strips;

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor)
 template <class Way>
 cudaError_t launch_masked_loss_backward(GradientCall& call, cudaStream_t stream) {
   const int resident = AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_backward_pixels<Way>);
-  call.strips = cut(call, Way::kColumns, int64_t(std::max(resident, 1)) * kLossWarps);
+  call.strips = cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
   const int64_t blocks = (call.samples * call.strips + kLossWarps - 1) / kLossWarps;
   return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kLossThreads), 0, stream, masked_loss_backward_pixels<Way>, call);
 }

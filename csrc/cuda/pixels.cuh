@@ -45,7 +45,7 @@ template <int kColumns, bool kFloatRows>
 class SimilarColumns {
  public:
   __device__ __forceinline__ SimilarColumns(const PixelCall& call, int64_t sample, uint32_t y, uint32_t x)
-      : map_(call.similarity, call.map_rows, call.map_columns, sample, y, x) {
+      : map_(call.similarity, call.map_rows, call.map_columns, sample, y, x, call.similarity.data != nullptr) {
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) above_[k] = kInfinity, step_[k] = 0;  // without a map all are
   }

@@ -75,12 +75,13 @@ __device__ __forceinline__ float weight_of(float part, const Axis& axis) {
 
 // kColumns neighbouring columns of the target, as seen in a source plane, row by row.
 // kFloatRows: the plane's rows are contiguous floats. (The kernel itself may have written them: plain loads.)
+// Where there is no such plane (`exists`), no row is ever read.
 template <int kColumns, bool kFloatRows>
 class ResizedColumns {
  public:
   __device__ __forceinline__ ResizedColumns(const Plane& plane, const Axis& rows, const Axis& columns, int64_t sample,
-                                            uint32_t y, uint32_t x)
-      : start_(sample * plane.sample_stride), row_(rows, y), change_(plane.data ? 0.0f : kInfinity) {
+                                            uint32_t y, uint32_t x, bool exists = true)
+      : start_(sample * plane.sample_stride), row_(rows, y), change_(exists ? 0.0f : kInfinity) {
     row_.below -= rows.whole;  // next_row() carries first
     Position column(columns, x);
 #pragma unroll

@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +26,9 @@ MODES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "plain": ((), (), ()),
     "stepped": (("-fsanitize=thread", "-DAML_EMULATION_TRACE", "-fno-threadsafe-statics"), (), ()),
     "bounds": (
-        BOUNDS := ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"), BOUNDS, ("asan", "stdc++"),
+        # -O0: compiling takes several times as long as running.
+        ("-O0", *(BOUNDS := ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"))), BOUNDS,
+        ("asan", "stdc++"),
     ),
     "races": (RACES := ("-fsanitize=thread",), RACES, ("tsan", "stdc++")),
 }
@@ -59,62 +63,76 @@ def missing(mode: str) -> str | None:
     return None if preloaded(mode) is not None else f"needs the libraries {', '.join(MODES[mode][2])} of g++"
 
 
-def _digest(sources: Path) -> str:
-    digest = hashlib.sha256(repr((FLAGS, MODES)).encode())
-    digest.update(subprocess.run([str(compiler()), "--version"], capture_output=True).stdout)
-    for folder in (HERE, sources / "csrc" / "common", sources / "csrc" / "cuda"):
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def _sources_of(source: Path, root: Path) -> list[Path]:
+    """A source and all that it includes from `root` and from the emulator."""
+    found, left = [], [source.resolve()]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r'^#include [<"](.*)[>"]', path.read_text(), re.MULTILINE):
+            here = [folder / name for folder in (path.parent, root, HERE) if (folder / name).exists()]
+            left += [path.resolve() for path in here[:1]]
+    return sorted(found)
+
+
+@functools.cache
+def _compiler_version() -> bytes:
+    return subprocess.run([str(compiler()), "--version"], capture_output=True).stdout
 
 
 _processors = threading.Semaphore(os.cpu_count() or 1)
 
 
-def _run(*command: str) -> None:
-    with _processors:
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 or "warning:" in done.stderr:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
-
-
-def _object(source: Path, folder: Path, mode: str, sources: Path) -> str:
-    result = folder / f"{source.stem}.o"
+def _make(result: Path, *command: str) -> Path:
+    """Run a command that makes `result`, if that is not there."""
     if not result.exists():
+        result.parent.mkdir(parents=True, exist_ok=True)
         unfinished = result.with_suffix(f".{os.getpid()}.tmp")
-        flags = [*FLAGS, *MODES[mode][0], f"-I{sources}", f"-I{HERE}"]
-        _run(str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(unfinished))
-        unfinished.rename(result)
-    return str(result)
-
-
-def _library(mode: str, sources: Path, files: tuple[str, ...]) -> Path:
-    folder = CACHE / _digest(sources) / mode
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / f"{'-'.join(Path(file).stem for file in files) or 'all'}.so"
-    if not result.exists():
-        cuda = sources / "csrc" / "cuda"
-        code = [HERE / "interface.cpp", *(map(cuda.joinpath, files) if files else sorted(cuda.glob("*.cu")))]
-        with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(lambda source: _object(source, folder, mode, sources), code))
-        unfinished = result.with_suffix(f".{os.getpid()}.tmp")
-        _run(str(compiler()), "-shared", *MODES[mode][1], *objects, "-o", str(unfinished))
+        with _processors:
+            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        if done.returncode != 0 or "warning:" in done.stderr:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
         unfinished.rename(result)
     return result
 
 
-_pool = ThreadPoolExecutor(max_workers=16)
-_libraries: dict[tuple, Future[Path]] = {}
+def _object(source: Path, mode: str, root: Path) -> Path:
+    flags = [*FLAGS, *MODES[mode][0]]
+    digest = hashlib.sha256(repr((flags, _compiler_version())).encode())
+    for path in _sources_of(source, root):
+        digest.update(path.name.encode() + path.read_bytes())
+    result = CACHE / mode / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    return _make(result, str(compiler()), *flags, f"-I{root}", f"-I{HERE}", "-x", "c++", "-c", str(source))
 
 
-def start(mode: str, sources: Path = ROOT, files: tuple[str, ...] = ()) -> "Future[Path]":
-    """Compile in the background: `files` of csrc/cuda under `sources`; all of them, if none are named."""
-    key = mode, sources, files
-    if key not in _libraries:
-        _libraries[key] = _pool.submit(_library, *key)
-    return _libraries[key]
+def _library(mode: str, root: Path, files: tuple[str, ...]) -> Path:
+    folder = root / "csrc" / "cuda"
+    code = [HERE / "interface.cpp", *(map(folder.joinpath, files) if files else sorted(folder.glob("*.cu")))]
+    objects = [_started(_objects, _object, source, mode, root) for source in code]
+    objects = [str(future.result()) for future in objects]
+    digest = hashlib.sha256(repr((MODES[mode], objects)).encode()).hexdigest()[:16]
+    return _make(CACHE / mode / f"{digest}.so", str(compiler()), "-shared", *MODES[mode][1], *objects)
 
 
-def library(mode: str, sources: Path = ROOT, files: tuple[str, ...] = ()) -> Path:
-    return start(mode, sources, files).result()
+_started_lock = threading.Lock()
+_libraries, _objects = ThreadPoolExecutor(max_workers=64), ThreadPoolExecutor(max_workers=16)
+_futures: dict[tuple, Future[Path]] = {}
+
+
+def _started(pool: ThreadPoolExecutor, make: Callable[..., Path], *arguments) -> "Future[Path]":
+    """What is being made already is not made twice."""
+    with _started_lock:
+        if (make, arguments) not in _futures:
+            _futures[make, arguments] = pool.submit(make, *arguments)
+        return _futures[make, arguments]
+
+
+def start(mode: str, root: Path = ROOT, files: tuple[str, ...] = ()) -> "Future[Path]":
+    """Compile in the background: `files` of csrc/cuda under `root`; all of them, if none are named."""
+    return _started(_libraries, _library, mode, root, files)
+
+
+def library(mode: str, root: Path = ROOT, files: tuple[str, ...] = ()) -> Path:
+    return start(mode, root, files).result()

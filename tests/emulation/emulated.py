@@ -79,7 +79,7 @@ class Emulated:
     def __init__(self, mode: str, *sources, resident_blocks: int = 4) -> None:
         """sources: as for builds.start, where they are not the package's own."""
         self.mode, self.resident_blocks, self.seed = mode, resident_blocks, 0
-        self.last: dict = {}  #: what the last call said: launches, counts of bytes
+        self.last: dict = {}  #: of the last call: operator, launches, counts of bytes, whose each buffer is (by place)
         self.launched: set[str] = set()  #: the kernels that any call launched
         self._worker = Worker(builds.library(mode, *sources), mode)
 
@@ -92,7 +92,8 @@ class Emulated:
         buffers: dict[int, bytes] = {}
         packed = [pack(value, buffers) if isinstance(value, Tensor) else value for value in arguments]
         reply = self._worker.call(operator, packed, list(buffers.values()), self.seed, self.resident_blocks)
-        schedule, self.seed, self.last = self.seed, self.seed + 1, reply
+        owners = {value[0]: place for place, value in reversed(list(enumerate(packed))) if isinstance(value, tuple)}
+        schedule, self.seed, self.last = self.seed, self.seed + 1, reply | {"operator": operator, "owners": owners}
         self.launched.update(reply["launches"])
         if reply["error"]:
             raise Failed(f"{operator}, schedule {schedule}: {reply['error']}")

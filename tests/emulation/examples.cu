@@ -98,7 +98,7 @@ Tensor sum(Tensor from, int64_t blocks, int64_t mistake) {
 
 // ---- Waiting for ever, or for nobody.
 
-enum Wait { kDivergent, kDeadlock, kFinishedLane, kNotInMask, kGridBarrier, kPolling, kTrap };
+enum Wait { kDivergent, kDeadlock, kFinishedLane, kNotInMask, kGridBarrier, kFinishedBlock, kPolling, kTrap };
 
 __global__ void wait_for(unsigned* flag, int wait) {
   const unsigned thread = threadIdx.x;
@@ -116,7 +116,8 @@ __global__ void wait_for(unsigned* flag, int wait) {
     __syncwarp();
   }
   if (wait == kNotInMask) __syncwarp(1);
-  if (wait == kGridBarrier) cooperative_groups::this_grid().sync();
+  if (wait == kFinishedBlock && blockIdx.x == 0) return;
+  if (wait == kGridBarrier || wait == kFinishedBlock) cooperative_groups::this_grid().sync();
   if (wait == kPolling && blockIdx.x == 0) while (atomicAdd(flag, 0u) == 0) {}
   if (wait == kTrap && thread == 3) __trap();
 }

@@ -157,7 +157,7 @@ class Scheduler {
   size_t free_stacks_of_ = 0;  // for how many threads each
   std::vector<void*> race_detectors_;
   size_t race_detectors_used_ = 0;
-  unsigned live_ = 0, fruitless_rounds_ = 0;
+  unsigned live_ = 0, finished_blocks_ = 0, fruitless_rounds_ = 0;
 };
 inline Scheduler scheduler;
 
@@ -315,11 +315,17 @@ inline void Scheduler::arrive(Meeting& meeting, Fibre& fibre, size_t members) {
   release_if_complete(meeting, members);
 }
 
+constexpr const char* kGridWaitsForFinished = "a barrier of the grid waits for a block that has finished";
+
 inline void Scheduler::finished(Fibre& fibre) {
   Block& block = *fibre.block;
   --live_;
   --block.live;
   fibre.warp->live &= ~(1u << fibre.lane);
+  if (block.live == 0) {
+    ++finished_blocks_;
+    if (!grid_meeting.waiting.empty()) return fail(kGridWaitsForFinished, fibre);
+  }
   for (const Meeting& meeting : fibre.warp->meetings) {
     if (!meeting.waiting.empty() && meeting.mask >> fibre.lane & 1) {
       return fail("a lane finished that is named in the mask others wait with at " + place(meeting.at), fibre);
@@ -354,6 +360,7 @@ inline void Scheduler::answer(Fibre& fibre) {
     case Request::block: return arrive(*fibre.meeting, fibre, fibre.block->live);
     case Request::grid:
       if (!shape.cooperative) return fail("a barrier of the grid in a launch that is not cooperative", fibre);
+      if (finished_blocks_) return fail(kGridWaitsForFinished, fibre);
       return arrive(*fibre.meeting, fibre, live_);
     case Request::meeting: {
       Warp& warp = *fibre.warp;
@@ -443,7 +450,7 @@ inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), vo
   arguments = call_arguments;
   random_ = (settings.seed + 1) * 0x9E3779B97F4A7C15u;
   failure_.clear();
-  fruitless_rounds_ = 0;
+  fruitless_rounds_ = finished_blocks_ = 0;
   grid_meeting.waiting.clear();
   const uint64_t blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
   const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z;

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("setup.py", "aml_kernels/**/*.py", "csrc/**/*.*", "tests/**/*.py", "benchmarks/*.py")
 OPERATORS = (
     "similarity", "quantile", "masked_loss", "aml_loss", "region_filter", "masking", "bad_input", "registration",
-    "golden",
+    "golden", "agreement",
 )
 NEEDED = {"torch": (2, 10), "pytest": (8,), "hypothesis": (6,), "setuptools": (77,)}  #: and their oldest versions
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")

@@ -1,0 +1,81 @@
+"""The machine code of the CUDA kernels, per architecture: no spills, no fp64, wide loads, as many blocks as claimed."""
+
+import re
+import shutil
+
+import machine_code
+import pytest
+
+ROOT = machine_code.ROOT
+
+#: Fewest 128-bit loads and stores of a kernel: one for each that its source issues at once for what it streams.
+STREAMING = {
+    r"aml_loss_forward": (4 + 2 + 2 + 3 * 2, 0),  # features of each type, rows of packed logits of each type
+    r"masked_loss_forward<Direct<\w+>>": (2, 0),
+    r"masked_loss_backward_pixels<Direct<\w+>>": (2, 1),
+    r"similarity_(forward|coefficients)<float>": (4, 0),
+    r"similarity_(forward|coefficients)<(bf16|f16)>": (2, 0),
+    r"similarity_gradients<float>": (4, 4),
+    r"similarity_gradients<(bf16|f16)>": (2, 0),  # four gradients of 16 bits are a store of 64
+    r"quantile_by_(block|team)<\w+>": (2, 0),
+    r"filter_image_regions": (4, 4),  # elements of 1, 2, 4 and 8 bytes
+}
+#: Any strides, any size: read element by element, through the cache.
+ELEMENTWISE = r"masked_loss_(forward|backward_pixels)<General>|masked_loss_backward_gather"
+
+pytestmark = pytest.mark.skipif(machine_code.missing() is not None, reason=str(machine_code.missing()))
+
+
+@pytest.fixture(scope="module", params=machine_code.ARCHITECTURES)
+def kernels(request):
+    return [kernel for kernel in machine_code.kernels() if kernel.architecture == request.param]
+
+
+def test_every_kernel_is_there(kernels):
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    expected = set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", sources))
+    assert len(expected) > 5 and {kernel.name.partition("<")[0] for kernel in kernels} == expected
+
+
+def test_registers_are_never_spilled(kernels):
+    spilled = {kernel.name: kernel.stack for kernel in kernels if kernel.stack or kernel.local_accesses}
+    assert not spilled, f"bytes of local memory: {spilled}"
+
+
+def test_nothing_is_computed_in_fp64(kernels):
+    doubles = {kernel.name: kernel.double_instructions for kernel in kernels if kernel.double_instructions}
+    assert not doubles, f"instructions: {doubles}"
+
+
+def test_as_many_blocks_run_at_once_as_claimed(kernels):
+    for kernel in kernels:
+        limits = f"{kernel.registers} registers, {kernel.shared} bytes of shared memory, {kernel.threads} threads"
+        assert kernel.blocks >= kernel.claimed_blocks > 0, f"{kernel.name}: {limits} let {kernel.blocks} blocks run"
+
+
+def test_inputs_are_streamed_in_128_bits(kernels):
+    for kernel in kernels:
+        if re.fullmatch(ELEMENTWISE, kernel.name):
+            continue
+        loads, stores = next(fewest for name, fewest in STREAMING.items() if re.fullmatch(name, kernel.name))
+        seen = f"{kernel.name}: {kernel.wide_loads} loads and {kernel.wide_stores} stores of 128 bits"
+        assert kernel.wide_loads >= loads and kernel.wide_stores >= stores, f"{seen}, expected {loads} and {stores}"
+
+
+BAD_KERNEL = """
+__global__ void __launch_bounds__(1024, 2) bad(const float* from, float* to, int n) {
+  float values[64];
+  for (int i = 0; i < 64; ++i) values[i] = from[i * n + threadIdx.x];
+  double sum = 0;
+  for (int i = 0; i < 64; ++i) sum += values[values[i] > 0 ? i : 63 - i];
+  for (int i = 0; i < 64; ++i) to[i * n + threadIdx.x] = values[i] * float(sum);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_bad_kernel_is_seen(tmp_path):
+    (tmp_path / "bad.cu").write_text(BAD_KERNEL)
+    for kernel in machine_code.read(machine_code.compile_source(tmp_path / "bad.cu", tmp_path / "bad.fatbin")):
+        assert kernel.stack > 0 and kernel.local_accesses > 0 and kernel.double_instructions > 0
+        assert kernel.wide_loads == 0 and (kernel.threads, kernel.claimed_blocks) == (1024, 2)

@@ -1,0 +1,168 @@
+"""The emulation's runs find what they are there for: each bug below, planted in a copy of the kernels, is caught.
+
+A bug is caught by a case of test_emulation_builds.py, in the kind of run named here, and that says what it should. The
+same cases in the same runs pass with the kernels as they are.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from test_emulation_builds import CASES, SCHEDULES
+
+sys.path.insert(0, str(Path(__file__).with_name("emulation")))
+
+import builds  # noqa: E402
+from emulated import Emulated, Failed, in_place_of_triton  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("conditions")
+
+WRONG = "wrong result"
+RACE = "ThreadSanitizer: data race"
+
+
+class Bug(NamedTuple):
+    operator: str  #: the .cu that is compiled
+    header: str  #: the source that is changed
+    right: str
+    wrong: str
+    run: str  #: the kind of run that has to find it, ...
+    case: str  #: ... in this case, ...
+    found: str  #: ... saying this
+
+
+BUGS = {
+    "missing barrier before a read": Bug(
+        "quantile", "selection.cuh", "warp_sum[warp] = inclusive;\n  __syncthreads();", "warp_sum[warp] = inclusive;",
+        "plain", "quantile, one block", WRONG,
+    ),
+    "missing barrier before memory is used again": Bug(
+        "similarity", "similarity.cuh", "__syncthreads();  // the block before is done with", "",
+        "plain", "similarity of many words", WRONG,
+    ),
+    "histogram without atomics": Bug(
+        "quantile", "selection.cuh", "atomicAdd(&s.bins[other >> shift & digit], 1u);",
+        "++s.bins[other >> shift & digit];", "stepped", "quantile, one block", WRONG,
+    ),
+    "read beyond the input": Bug(
+        "quantile", "selection.cuh", "const bool has_next = p + threads < packs;", "const bool has_next = true;",
+        "bounds", "quantile, one block", r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size",
+    ),
+    "index beyond shared memory": Bug(
+        "quantile", "selection.cuh", "&s.bins[other >> shift & digit]", "&s.bins[other >> shift & 4095]",
+        "bounds", "quantile, one block", r"selection.cuh:\d+.*index \d+ out of bounds for type 'unsigned int",
+    ),
+    "vector load of misaligned memory": Bug(
+        "quantile", "selection.cuh", "return int64_t(-reinterpret_cast<uintptr_t>(values) % 16 / sizeof(T));",
+        "return 0;", "bounds", "quantile, one block", "load of misaligned address",
+    ),
+    "missing fence of the blocks that write": Bug(
+        "similarity", "similarity_backward.cuh", "__threadfence();\n    const uint32_t blocks", "const uint32_t blocks",
+        "races", "similarity along cells", RACE,
+    ),
+    "missing fence of the block that reads": Bug(
+        "similarity", "similarity_backward.cuh", "== blocks - 1;\n    __threadfence();", "== blocks - 1;",
+        "races", "similarity along cells", RACE,
+    ),
+    "missing barrier of the grid": Bug(
+        "region_filter", "region_filter.cuh", "find_weak(call, scratch);\n  grid_barrier();",
+        "find_weak(call, scratch);", "plain", "region filter", WRONG,
+    ),
+    "barrier of the grid that some blocks skip": Bug(
+        "masked_loss", "loss_strips.cuh", "grid_barrier();\n  if (blockIdx.x >= call.samples) return;",
+        "if (blockIdx.x >= call.samples) return;\n  grid_barrier();", "plain", "loss of packed rows, fp32",
+        "a barrier of the grid waits for a block that has finished",
+    ),
+    "divergent barrier": Bug(
+        "quantile", "selection.cuh",
+        "if (threadIdx.x == 0) s.wanted = place_of(all, team.count(s, pass, kBins - 1));\n      __syncthreads();",
+        "if (threadIdx.x == 0) {\n s.wanted = place_of(all, team.count(s, pass, kBins - 1));\n __syncthreads();\n }",
+        "plain", "quantile, one block", r"divergent barrier: others wait at selection.cuh:\d+",
+    ),
+    "lanes missing from a mask": Bug(
+        "similarity", "features.cuh", "__ballot_sync(kAllLanes, call.is_word", "__ballot_sync(0xFFFFu, call.is_word",
+        "plain", "similarity along cells", r"the mask does not name the calling lane: .* at features.cuh:\d+",
+    ),
+    "shared memory that nobody has set": Bug(
+        "quantile", "selection.cuh", "for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.bins[bin] = 0;", "",
+        "plain", "quantile, one block", WRONG,
+    ),
+    "scratch that nobody has set": Bug(
+        "region_filter", "region_filter.cuh", "scratch.flags[int64_t(b) * call.regions() + i] = 0;", "",
+        "plain", "region filter", WRONG,
+    ),
+    "more blocks than run at once": Bug(
+        "masked_loss", "loss_strips.cuh", "std::min<int64_t>(resident, call.samples * call.strips)",
+        "int64_t(call.samples * call.strips)", "plain", "loss of samples each",
+        r"a cooperative launch of \d+ blocks, 4 are resident together",
+    ),
+}
+
+
+def table() -> str:
+    """Markdown, for docs/verification.md."""
+    rows = [
+        f"| {name} | `{bug.header}` | {bug.run} | {re.sub(r'[^A-Za-z0-9:, -]+', ' ... ', bug.found)} |"
+        for name, bug in BUGS.items()
+    ]
+    return "\n".join(["| bug | planted in | caught in the run | as |", "|---|---|---|---|", *rows])
+
+
+def planted(bug: Bug, folder: Path) -> Path:
+    """A copy of the sources with the bug."""
+    for name in ("common", "cuda"):
+        shutil.copytree(builds.ROOT / "csrc" / name, folder / "csrc" / name)
+    path = folder / "csrc" / "cuda" / bug.header
+    source = path.read_text()
+    assert source.count(bug.right) == 1, f"{bug.header}: expected this once, to plant a bug in:\n{bug.right}"
+    path.write_text(source.replace(bug.right, bug.wrong))
+    return folder
+
+
+def outcome(emulated: Emulated, case: str) -> str | None:
+    """What is wrong in a case, under the schedules of the suite."""
+    with in_place_of_triton(emulated) as backend:
+        for seed in SCHEDULES[emulated.mode]:
+            emulated.seed = seed
+            try:
+                CASES[case](backend)
+            except Failed as failed:
+                return str(failed)
+            except AssertionError:
+                return WRONG
+    return None
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Where each bug is planted; they are being compiled."""
+    folders = {name: planted(bug, tmp_path_factory.mktemp("sources")) for name, bug in BUGS.items()}
+    for name, bug in BUGS.items():
+        if not builds.missing(bug.run):
+            builds.start(bug.run, folders[name], (f"{bug.operator}.cu",))
+    return folders
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_bug_is_caught(sources, name):
+    bug = BUGS[name]
+    if reason := builds.missing(bug.run):
+        pytest.skip(reason)
+    emulated = Emulated(bug.run, sources[name], (f"{bug.operator}.cu",))
+    found = outcome(emulated, bug.case)
+    emulated.close()
+    assert found, f"no schedule of the {bug.run} run shows it in the case {bug.case!r}"
+    assert re.search(bug.found, found), found
+
+
+@pytest.mark.parametrize("run, operator, case", sorted({(bug.run, bug.operator, bug.case) for bug in BUGS.values()}))
+def test_without_it_nothing_is_found(run, operator, case):
+    if reason := builds.missing(run):
+        pytest.skip(reason)
+    emulated = Emulated(run, builds.ROOT, (f"{operator}.cu",))
+    found = outcome(emulated, case)
+    emulated.close()
+    assert found is None, found
