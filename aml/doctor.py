@@ -56,7 +56,7 @@ def examine(settings: Config) -> Iterator[Finding]:
     yield from _guarded("operators", operators)
     yield from _guarded("weights", lambda: weights(settings, built))
     yield from _guarded("model", lambda: training_step(settings, built))
-    yield from _guarded("run folder", lambda: run_folder(settings, checkpoint_bytes(built)))
+    yield from _guarded("run folder", lambda: run_folder(settings, checkpoint_bytes(settings, built)))
     yield from _guarded("data", lambda: data(settings))
     yield from _guarded("two processes", two_processes)
 
@@ -192,9 +192,11 @@ def run_folder(settings: Config, each: int) -> Iterator[Finding]:
         yield Finding(WARN, "run folder", f"{out} holds a run already", "aml train --resume, or give another --out")
 
 
-def checkpoint_bytes(built: list[RISModel]) -> int:
-    """About: weights, and two numbers of the optimizer for each that is trained."""
-    return sum(4 * p.numel() * (3 if p.requires_grad else 1) for model in built for p in model.parameters())
+def checkpoint_bytes(settings: Config, built: list[RISModel]) -> int:
+    """About: weights; for each that is trained two numbers of the optimizer, and its average where there is one."""
+    more = 2 if settings.train.ema is None else 3
+    parameters = [parameter for model in built for parameter in model.parameters()]
+    return sum(4 * p.numel() * (1 + more * p.requires_grad) for p in parameters)
 
 
 def data(settings: Config) -> Iterator[Finding]:

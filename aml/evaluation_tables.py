@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aml.data.published import PUBLISHED as PUBLISHED_COUNTS
 from aml.metrics import GENERALIZED, PRECISION_AT
 from aml.stored import Evaluation
 
@@ -48,7 +49,10 @@ def _beside(evaluation: Evaluation) -> str:
         ["this checkpoint, at own size", *(percent(metrics, f"full_{name}") for name in names), "", ""],
     ]
     theirs = [[row["method"], *(row[name] for name in names), row["note"], row["source"]] for row in rows]
-    return f"### {evaluation['split']}\n\n{table(['', *names, 'note', 'source'], [*own, *theirs])}"
+    here = metrics["sentences"]
+    there = PUBLISHED_COUNTS[rows[0]["dataset"], rows[0]["split_by"]][evaluation["split"]].sentences
+    warning = "" if here == there else f"**Not comparable**: {here} sentences here, {there} there.\n\n"
+    return f"### {evaluation['split']}\n\n{warning}{table(['', *names, 'note', 'source'], [*own, *theirs])}"
 
 
 def published(dataset: str, split: str, perturb: str = "") -> list[dict[str, str]]:

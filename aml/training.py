@@ -225,7 +225,7 @@ class _Trainer:
                 device=self.device,
                 batch_size=self.config.train.batch_size,
                 aligner=aligner,
-                indices=range(self.rank, len(self.val_set), self.world),
+                indices=evaluation.part_of_rank(len(self.val_set), self.config.train.batch_size, self.rank, self.world),
                 workers=self.config.train.workers,
                 progress=self.is_main and on_terminal(),
             )

@@ -114,11 +114,15 @@ def compile_source(source: Path, result: Path) -> Path:
     return unfinished.rename(result)
 
 
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+
+
 def _compiled(source: Path) -> Path:
     folders = [ROOT / "csrc" / "common", ROOT / "csrc" / "cuda"]
     files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
-    version = subprocess.run(["nvcc", "--version"], capture_output=True).stdout
-    digest = hashlib.sha256(version + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    digest = hashlib.sha256(nvcc_version().encode() + b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     result = ROOT / ".cache" / "machine_code" / digest / f"{source.stem}.fatbin"
     result.parent.mkdir(parents=True, exist_ok=True)
     return result if result.exists() else compile_source(source, result)
@@ -179,13 +183,15 @@ def kernels() -> list[Kernel]:
 
 def table() -> str:
     """Markdown: a row per kernel, the architectures' figures beside each other."""
-    rows = ["| kernel | registers | shared bytes | spilled bytes | 128-bit loads |", "|---|--:|--:|--:|--:|"]
+    rows = ["| kernel | threads x blocks claimed | registers | shared bytes | spilled bytes | 128-bit loads |",
+            "|---|--:|--:|--:|--:|--:|"]
     by_name: dict[str, list[Kernel]] = {}
     for kernel in kernels():
         by_name.setdefault(kernel.name, []).append(kernel)
     for name, each in by_name.items():
         each.sort(key=lambda kernel: ARCHITECTURES.index(kernel.architecture))
+        claim = f"{each[0].threads} x {each[0].claimed_blocks}"
         figures = zip(*((k.registers, k.shared, k.stack, k.wide_loads) for k in each), strict=True)
         cells = (str(f[0]) if len(set(f)) == 1 else " / ".join(map(str, f)) for f in figures)
-        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+        rows.append(f"| `{name}` | {claim} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, coin, here, kept_pixels, laid_out, loss_inputs, missing, normal, same_bits
+from helpers import INTERPRETED, LAYOUTS, coin, here, kept_pixels, laid_out, loss_inputs, missing, normal, same_bits
 
 from aml_kernels import aml_loss, filter_regions, masked_loss, pixel_text_similarity, sample_quantile
 
@@ -27,6 +27,8 @@ def backend(request, conditions):
     if request.param != "emulated":
         if reason := missing(request.param):
             pytest.skip(reason)
+        if request.param == "triton" and INTERPRETED:
+            request.getfixturevalue("interpreted")
         yield request.param
         return
     if reason := builds.missing("plain"):
@@ -68,7 +70,7 @@ def check_loss(backend, inputs, step, **options):
     assert torch.equal(leaf.grad != 0, kept_pixels(**inputs, **options)), f"kept pixels, {what}"
 
 
-@pytest.mark.parametrize("step", (0, 1, 8), ids=lambda step: f"steps of 1/{step}" if step else "smooth")
+@pytest.mark.parametrize("step", (0, 2), ids=lambda step: f"steps of 1/{step}" if step else "smooth")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ("packed", "strided"))
 def test_thresholds_kept_pixels_and_counts(backend, rows, dtype, step):
@@ -112,9 +114,9 @@ def test_thresholds_of_the_fused_loss(backend, dtype, logits):
 
 
 def check_quantiles(backend, length, interpolation):
-    for dtype, step in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 4)):
+    for dtype, step in ((torch.float32, 4), (torch.bfloat16, 0)):
         values = laid_out(rounded(normal(length, 3, length, dtype=dtype), step), "sliced" if step else "contiguous")
-        for q in (0.0, 0.25, 1 / 3, 0.999, 1.0):
+        for q in (0.0, 1 / 3, 0.999):
             options = {"q": q, "interpolation": interpolation}
             actual = sample_quantile(values, **options, backend=backend)
             expected = sample_quantile(values.cpu(), **options, backend="reference")
@@ -124,7 +126,7 @@ def check_quantiles(backend, length, interpolation):
 
 @pytest.mark.parametrize("interpolation", ("linear", "lower", "higher", "midpoint", "nearest"))
 def test_quantiles(backend, interpolation):
-    for length in (1, 2, 49, 1001):
+    for length in (2, 49, 1001):
         check_quantiles(backend, length, interpolation)
 
 

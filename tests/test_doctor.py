@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from aml import cli, doctor
+from aml import checkpoint, cli, doctor
 from aml.config import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +114,17 @@ def test_the_run_folder_is_asked_for_room_and_permission(words, tmp_path, monkey
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     found = findings(doctor.run_folder(load(None, [*words, f"train.out={tmp_path / 'run'}"]), each=1))
     assert "--resume" in found[doctor.WARN, "run folder"].remedy
+
+
+def test_the_size_of_a_checkpoint_is_told_about_right(words, tmp_path):
+    for ema in ((), ("train.ema=0.9",)):
+        all_words = [*words, "train.steps=1", "train.batch_size=2", *ema, f"train.out={tmp_path / f'run{len(ema)}'}"]
+        settings, built = load(None, all_words), []
+        list(doctor.weights(settings, built))
+        assert cli.main(["train", *all_words]) == 0
+        folder = checkpoint.resolve(settings.train.out)
+        written = sum(file.stat().st_size for file in folder.iterdir())
+        assert doctor.checkpoint_bytes(settings, built) == pytest.approx(written, rel=0.15)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

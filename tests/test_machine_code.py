@@ -47,6 +47,14 @@ def test_nothing_is_computed_in_fp64(kernels):
     assert not doubles, f"instructions: {doubles}"
 
 
+def test_atomics_are_of_integers_and_histograms_count_equal_bins_at_once(kernels):
+    for kernel in kernels:
+        atomics = {opcode for opcode in kernel.opcodes if re.match(r"(ATOM|RED)[A-Z]*\.", opcode)}
+        assert not any(re.search(r"\.F(16|32|64)|BF16", opcode) for opcode in atomics), f"{kernel.name}: {atomics}"
+        if re.match(r"quantile|filter|aml_loss_forward|masked_loss_forward", kernel.name):
+            assert kernel.count(r"ATOMS\.POPC\.INC\.32") > 0, f"{kernel.name}: {atomics}"
+
+
 def test_as_many_blocks_run_at_once_as_claimed(kernels):
     for kernel in kernels:
         limits = f"{kernel.registers} registers, {kernel.shared} bytes of shared memory, {kernel.threads} threads"
@@ -60,6 +68,15 @@ def test_inputs_are_streamed_in_128_bits(kernels):
         loads, stores = next(fewest for name, fewest in STREAMING.items() if re.fullmatch(name, kernel.name))
         seen = f"{kernel.name}: {kernel.wide_loads} loads and {kernel.wide_stores} stores of 128 bits"
         assert kernel.wide_loads >= loads and kernel.wide_stores >= stores, f"{seen}, expected {loads} and {stores}"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_table_in_the_documentation_is_this():
+    document = (ROOT / "docs" / "verification.md").read_text()
+    version = re.search(r"\(nvcc ([\d.]+)\)", document)[1]
+    if f"V{version}" not in machine_code.nvcc_version() or machine_code.built():
+        pytest.skip(f"the table is that of the sources compiled by nvcc {version}; another gives out other registers")
+    assert machine_code.table() in document, "put the output of tests/verification.py into docs/verification.md"
 
 
 BAD_KERNEL = """

@@ -4,7 +4,6 @@ A bug is caught by a case of test_emulation_builds.py, in the kind of run named 
 same cases in the same runs pass with the kernels as they are.
 """
 
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -49,15 +48,15 @@ BUGS = {
     ),
     "read beyond the input": Bug(
         "quantile", "selection.cuh", "const bool has_next = p + threads < packs;", "const bool has_next = true;",
-        "bounds", "quantile, one block", r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size",
+        "bounds", "quantile, one block", "AddressSanitizer: heap-buffer-overflow",
     ),
     "index beyond shared memory": Bug(
         "quantile", "selection.cuh", "&s.bins[other >> shift & digit]", "&s.bins[other >> shift & 4095]",
-        "bounds", "quantile, one block", r"selection.cuh:\d+.*index \d+ out of bounds for type 'unsigned int",
+        "bounds", "quantile, one block", "out of bounds for type 'unsigned int [2048]'",
     ),
     "vector load of misaligned memory": Bug(
         "quantile", "selection.cuh", "return int64_t(-reinterpret_cast<uintptr_t>(values) % 16 / sizeof(T));",
-        "return 0;", "bounds", "quantile, one block", "load of misaligned address",
+        "return 0;", "bounds", "quantile, one block", "misaligned address",
     ),
     "missing fence of the blocks that write": Bug(
         "similarity", "similarity_backward.cuh", "__threadfence();\n    const uint32_t blocks", "const uint32_t blocks",
@@ -73,31 +72,32 @@ BUGS = {
     ),
     "barrier of the grid that some blocks skip": Bug(
         "masked_loss", "loss_strips.cuh", "grid_barrier();\n  if (blockIdx.x >= call.samples) return;",
-        "if (blockIdx.x >= call.samples) return;\n  grid_barrier();", "plain", "loss of packed rows, fp32",
+        "if (blockIdx.x >= call.samples) return;\n  grid_barrier();", "plain", "loss of small logits",
         "a barrier of the grid waits for a block that has finished",
     ),
     "divergent barrier": Bug(
         "quantile", "selection.cuh",
         "if (threadIdx.x == 0) s.wanted = place_of(all, team.count(s, pass, kBins - 1));\n      __syncthreads();",
         "if (threadIdx.x == 0) {\n s.wanted = place_of(all, team.count(s, pass, kBins - 1));\n __syncthreads();\n }",
-        "plain", "quantile, one block", r"divergent barrier: others wait at selection.cuh:\d+",
+        "plain", "quantile, one block", "divergent barrier: others wait at selection.cuh",
     ),
     "lanes missing from a mask": Bug(
         "similarity", "features.cuh", "__ballot_sync(kAllLanes, call.is_word", "__ballot_sync(0xFFFFu, call.is_word",
-        "plain", "similarity along cells", r"the mask does not name the calling lane: .* at features.cuh:\d+",
+        "plain", "similarity along cells", "the mask does not name the calling lane",
     ),
     "shared memory that nobody has set": Bug(
         "quantile", "selection.cuh", "for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.bins[bin] = 0;", "",
         "plain", "quantile, one block", WRONG,
     ),
     "scratch that nobody has set": Bug(
-        "region_filter", "region_filter.cuh", "scratch.flags[int64_t(b) * call.regions() + i] = 0;", "",
+        "region_filter", "region_filter.cuh", "for (uint32_t i = threadIdx.x; i < call.regions(); i += kFilterThreads) "
+        "scratch.flags[int64_t(b) * call.regions() + i] = 0;", "",
         "plain", "region filter", WRONG,
     ),
     "more blocks than run at once": Bug(
         "masked_loss", "loss_strips.cuh", "std::min<int64_t>(resident, call.samples * call.strips)",
         "int64_t(call.samples * call.strips)", "plain", "loss of samples each",
-        r"a cooperative launch of \d+ blocks, 4 are resident together",
+        "are resident together",
     ),
 }
 
@@ -105,7 +105,7 @@ BUGS = {
 def table() -> str:
     """Markdown, for docs/verification.md."""
     rows = [
-        f"| {name} | `{bug.header}` | {bug.run} | {re.sub(r'[^A-Za-z0-9:, -]+', ' ... ', bug.found)} |"
+        f"| {name} | `{bug.header}` | {bug.run} | {bug.found} |"
         for name, bug in BUGS.items()
     ]
     return "\n".join(["| bug | planted in | caught in the run | as |", "|---|---|---|---|", *rows])
@@ -155,7 +155,7 @@ def test_the_bug_is_caught(sources, name):
     found = outcome(emulated, bug.case)
     emulated.close()
     assert found, f"no schedule of the {bug.run} run shows it in the case {bug.case!r}"
-    assert re.search(bug.found, found), found
+    assert bug.found in found, found
 
 
 @pytest.mark.parametrize("run, operator, case", sorted({(bug.run, bug.operator, bug.case) for bug in BUGS.values()}))
@@ -166,3 +166,8 @@ def test_without_it_nothing_is_found(run, operator, case):
     found = outcome(emulated, case)
     emulated.close()
     assert found is None, found
+
+
+def test_the_table_in_the_documentation_is_this():
+    document = (builds.ROOT / "docs" / "verification.md").read_text()
+    assert table() in document, "put the output of tests/verification.py into docs/verification.md"

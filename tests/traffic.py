@@ -25,7 +25,7 @@ class Row(NamedTuple):
     case: str
     operator: str
     launches: list[str]  #: kernels, in order
-    read: dict[str, float]  #: how many times each input is read, by name
+    read: dict[str, float]  #: how many times each input is read, by name; those of at least a hundredth of all bytes
     written: float  #: how many times the results are written
     complete: bool  #: every byte of the results is written
     own: float  #: what the kernels write and read again themselves, as a share of `least`
@@ -35,18 +35,19 @@ class Row(NamedTuple):
 
 def row_of(case: str, last: dict) -> Row:
     schema = getattr(torch.ops.aml_kernels, last["operator"]).default._schema
-    read, least, moved, results, written, own, complete = {}, 0, 0, 0, 0, 0, True
+    read, sizes, moved, results, written, own, complete = {}, {}, 0, 0, 0, 0, True
     for what, size, bytes_read, _, bytes_written, distinct_written in last["counts"]:
         moved += bytes_read + bytes_written
         if isinstance(what, int):
-            read[schema.arguments[last["owners"][what]].name] = bytes_read / size
-            least += size
+            name = schema.arguments[last["owners"][what]].name
+            read[name], sizes[name] = bytes_read / size, size
         elif what == "scratch":
             own += bytes_read + bytes_written
         else:
             results, written, own = results + size, written + bytes_written, own + bytes_read
             complete &= distinct_written == size
-    least += results
+    least = sum(sizes.values()) + results
+    read = {name: number for name, number in read.items() if sizes[name] >= least / 100}
     return Row(
         case, last["operator"], last["launches"], read, written / results, complete, own / least, least, moved / least,
     )

@@ -82,7 +82,9 @@ def _compiler_version() -> bytes:
     return subprocess.run([str(compiler()), "--version"], capture_output=True).stdout
 
 
-_processors = threading.Semaphore(os.cpu_count() or 1)
+def compiler_major() -> int:
+    told = subprocess.run([str(compiler()), "-dumpversion"], capture_output=True, text=True).stdout
+    return int(told.partition(".")[0])
 
 
 def _make(result: Path, *command: str) -> Path:
@@ -90,8 +92,7 @@ def _make(result: Path, *command: str) -> Path:
     if not result.exists():
         result.parent.mkdir(parents=True, exist_ok=True)
         unfinished = result.with_suffix(f".{os.getpid()}.tmp")
-        with _processors:
-            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         if done.returncode != 0 or "warning:" in done.stderr:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
         unfinished.rename(result)
@@ -117,7 +118,8 @@ def _library(mode: str, root: Path, files: tuple[str, ...]) -> Path:
 
 
 _started_lock = threading.Lock()
-_libraries, _objects = ThreadPoolExecutor(max_workers=64), ThreadPoolExecutor(max_workers=16)
+_libraries = ThreadPoolExecutor(max_workers=64)  # they mostly wait for
+_objects = ThreadPoolExecutor(max_workers=os.cpu_count())  # which are compiled one after the other, as started
 _futures: dict[tuple, Future[Path]] = {}
 
 

@@ -80,11 +80,24 @@ inline void __trap(EMULATION_HERE) { emulation::trap(at); }
 
 // ---- Loads and stores with a caching hint.
 
-template <class T> T __ldg(const T* address) { return *address; }
-template <class T> T __ldcs(const T* address) { return *address; }
-template <class T> T __ldcg(const T* address) { return *address; }
-template <class T> T __ldca(const T* address) { return *address; }
-template <class T> T __ldlu(const T* address) { return *address; }
+namespace emulation {
+#if defined(AML_EMULATION_TRACE)
+// Left to the compiler, the load of a vector that is then copied would count twice.
+template <class T>
+EMULATION_HIDDEN T loaded(const T* address) {
+  access(address, sizeof(T), false);
+  return *address;
+}
+#else
+template <class T>
+T loaded(const T* address) { return *address; }
+#endif
+}  // namespace emulation
+template <class T> T __ldg(const T* address) { return emulation::loaded(address); }
+template <class T> T __ldcs(const T* address) { return emulation::loaded(address); }
+template <class T> T __ldcg(const T* address) { return emulation::loaded(address); }
+template <class T> T __ldca(const T* address) { return emulation::loaded(address); }
+template <class T> T __ldlu(const T* address) { return emulation::loaded(address); }
 template <class T> void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
 template <class T> void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
 template <class T> void __stwt(T* address, std::type_identity_t<T> value) { *address = value; }
