@@ -1,13 +1,18 @@
 """Checkpoints that are complete or do not count.
 
-    <run>/checkpoints/step-00000123/  model.safetensors  aligner.safetensors  optimizer.pt  rng-rank<N>.pt
-                                      state.json  config.yaml  COMPLETE
+    <run>/checkpoints/step-00000123/  model.safetensors  frozen.safetensors  aligner.safetensors
+                                      ema.safetensors  ema-aligner.safetensors  (if train.ema is set)
+                                      optimizer.pt  rng-rank<N>.pt  state.json  config.yaml  COMPLETE
     <run>/checkpoints/last, best      one line each: the name of a checkpoint
 
 A checkpoint is written to `step-*.tmp`, every file flushed to the disk, then listed in COMPLETE with its size
 and SHA-256, then renamed; the pointers are replaced after that, and old checkpoints are removed last. So at
 whatever moment the process dies, the newest complete checkpoint is whole, and no older one is given up for
 one that is not yet there. Nothing is unpickled but tensors (`weights_only=True`).
+
+Weights of the model that are not trained are in frozen.safetensors. A run writes it once; later checkpoints hold the
+same file by another name (a hard link). So a checkpoint needs nothing beside it, no installed package of encoders
+either, and costs the disk only what has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +31,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from aml import sharding
 from aml.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+FROZEN = "frozen"
 _MARKER = "COMPLETE"
+_AVERAGED = {"model": "ema", "aligner": "ema-aligner"}
 
 
 @dataclass
@@ -49,19 +57,20 @@ def save(
     run: Path,
     step: int,
     *,
-    model: nn.Module,
-    aligner: nn.Module,
+    weights: Mapping[str, Mapping[str, Tensor]],
     optimizer: dict[str, Any],
     ranks: Sequence[dict[str, Any]],
     state: dict[str, Any],
     config: str,
     best_step: int | None = None,
     keep: int = 2,
+    frozen_in: Path | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, set the pointers, remove old ones. Only one process may call this.
 
-    model, aligner: the modules themselves, not wrapped by DDP. ranks: per rank a dict of tensors and plain
-    values. keep: how many of the newest to keep; the one of `best_step` stays besides.
+    weights: per file, names and full tensors: "model", "aligner", and, if there are any, "frozen", "ema",
+    "ema-aligner". ranks: per rank a dict of tensors and plain values. keep: how many of the newest to keep; the one of
+    `best_step` stays besides. frozen_in: a complete checkpoint that holds the same frozen weights.
     A checkpoint of that step which is already complete is left as it is. Raises OSError if the disk is full;
     the earlier checkpoints are then untouched.
     """
@@ -70,49 +79,83 @@ def save(
     final = folder / f"step-{step:08d}"
     if problem(final):
         shutil.rmtree(final, ignore_errors=True)
-        with written_whole(final) as temporary:
-            save_module(model, temporary / "model.safetensors")
-            save_module(aligner, temporary / "aligner.safetensors")
+        linked: dict[str, Any] = {}
+        with written_whole(final, linked) as temporary:
+            for name, tensors in weights.items():
+                path = temporary / f"{name}.safetensors"
+                if name == FROZEN and frozen_in is not None and _linked(frozen_in / path.name, path):
+                    # With the digest of when it was written: one taken now would seal damage of the meantime.
+                    linked[path.name] = _listed(frozen_in)[path.name]
+                else:
+                    write_weights(tensors, path)
             torch.save(optimizer, temporary / "optimizer.pt")
             for rank, values in enumerate(ranks):
                 torch.save(values, temporary / f"rng-rank{rank}.pt")
             (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             (temporary / "config.yaml").write_text(config, encoding="utf-8")
-    _point(folder, "last", final.name)
-    if best_step is not None:
-        _point(folder, "best", f"step-{best_step:08d}")
-    _prune(folder, keep, best_step)
+    settle(final, best_step, keep)
     return final
 
 
+def settle(path: Path, best_step: int | None, keep: int) -> None:
+    """Point to a complete checkpoint as the last one, and remove old ones. Only one process may call this.
+
+    `save` ends with it; a run that resumes does it again, as it may have died just before.
+    """
+    _point(path.parent, "last", path.name)
+    if best_step is not None:
+        _point(path.parent, "best", f"step-{best_step:08d}")
+    _prune(path, keep, best_step)
+
+
 @contextlib.contextmanager
-def written_whole(final: Path) -> Iterator[Path]:
-    """A folder to write files into, which becomes `final`, complete, at the end of the block, or does not appear."""
+def written_whole(final: Path, linked: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A folder to write files into, which becomes `final`, complete, at the end of the block, or does not appear.
+
+    linked: what COMPLETE is to say of files that were written before, for another folder.
+    """
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    _seal(temporary)
+    _seal(temporary, linked or {})
     os.rename(temporary, final)
     _flush(final.parent)
 
 
-def save_module(module: nn.Module, path: Path) -> None:
-    names = list(module.state_dict())
-    if any("_orig_mod." in name or name.startswith("module.") for name in names):
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Tied weights are stored once; the metadata of the file maps their other names to the stored one."""
+    if any("_orig_mod." in name or name.startswith("module.") for name in tensors):
         raise CheckpointError("save the module itself, not the wrapper of torch.compile or DDP around it")
-    if path.stem == "model" and not names:
+    if path.stem == "model" and not tensors:
         raise CheckpointError("the model has no weights to save")
-    # Shared tensors (tied weights) are stored once; the metadata of the file maps their other names to it.
-    safetensors.torch.save_model(module, str(path))
+    stored: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if tensor.numel() and memory in first:
+            tied[name] = first[memory]
+        else:
+            first[memory] = name
+            stored[name] = tensor.contiguous()
+    safetensors.torch.save_file(stored, str(path), metadata={"format": "pt", **tied})
 
 
-def _seal(folder: Path) -> None:
+def _linked(source: Path, path: Path) -> bool:
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without hard links, or the source is gone
+        return False
+    return True
+
+
+def _seal(folder: Path, linked: Mapping[str, Any]) -> None:
     """Flush every file to the disk, then list them, with size and digest, in COMPLETE, the last one."""
     files = {}
     for path in sorted(folder.iterdir()):
         _flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        files[path.name] = linked.get(path.name) or {"bytes": path.stat().st_size, "sha256": _digest(path)}
     _flush(folder)
     marker = folder / _MARKER
     marker.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
@@ -129,10 +172,12 @@ def _point(folder: Path, name: str, target: str) -> None:
         _flush(folder)
 
 
-def _prune(folder: Path, keep: int, best_step: int | None) -> None:
+def _prune(latest: Path, keep: int, best_step: int | None) -> None:
+    folder = latest.parent
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in _by_step(folder)[keep:]:
+    # Those of later steps are damaged, or the run would have gone on from them: they must not count as kept.
+    for path in [path for path in _by_step(folder) if _step(path) <= _step(latest)][keep:]:
         if _step(path) != best_step:
             # The marker goes first, so that a removal cut short leaves nothing that looks complete.
             (path / _MARKER).unlink(missing_ok=True)
@@ -170,6 +215,11 @@ def problem(path: Path) -> str | None:
         if _digest(file) != expected["sha256"]:
             return f"{name} is damaged: its SHA-256 is not the one in {_MARKER}"
     return None
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """File name -> size and digest, of a complete checkpoint."""
+    return json.loads((path / _MARKER).read_text(encoding="utf-8"))["files"]
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -243,16 +293,29 @@ def read(path: Path) -> Snapshot:
     return Snapshot(path, state, optimizer, ranks)
 
 
-def load_weights(path: Path, **modules: nn.Module) -> None:
-    """Fill modules: `load_weights(path, model=model, aligner=aligner)`. Raises if a name or shape differs."""
+def load_weights(path: Path, averaged: bool = True, **modules: nn.Module) -> None:
+    """Fill modules: `load_weights(path, model=model, aligner=aligner)`. Raises if a name or shape differs.
+
+    averaged: with the averaged weights where the checkpoint has them, as they were the ones evaluated in training.
+    """
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
-        with safetensors.safe_open(str(file), framework="pt") as stored:
-            metadata = stored.metadata() or {}
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(str(file))
-        tensors |= {tied: tensors[kept] for tied, kept in metadata.items() if kept in tensors}
+        if averaged and (path / f"{_AVERAGED[name]}.safetensors").is_file():
+            file = path / f"{_AVERAGED[name]}.safetensors"
+        tensors = _read_weights(file)
+        frozen = path / f"{FROZEN}.safetensors"
+        if name == "model" and frozen.is_file():
+            tensors |= _read_weights(frozen)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         try:
-            module.load_state_dict(tensors, strict=True)
+            module.load_state_dict(sharding.divided_like(tensors, parameters), strict=True)
         except RuntimeError as error:
             settings = path / "config.yaml"
             raise CheckpointError(f"{file} does not fit this {name}, see {settings}: {error}") from error
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    with safetensors.safe_open(str(file), framework="pt") as stored:
+        metadata = stored.metadata() or {}
+    tensors: dict[str, Tensor] = safetensors.torch.load_file(str(file))
+    return tensors | {tied: tensors[kept] for tied, kept in metadata.items() if kept in tensors}

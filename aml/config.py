@@ -207,9 +207,11 @@ class AlignmentConfig(_Section):
 
 @dataclass(frozen=True)
 class OptimConfig(_Section):
-    lr: float = _setting(1e-3, "peak learning rate (encoders: a tenth); falls as (1 - t) ** 0.9", above=0)
+    lr: float = _setting(1e-3, "full learning rate (encoders: a tenth); falls as (1 - t) ** 0.9", above=0)
     weight_decay: float = _setting(0.01, "decay of weight matrices (none for norms and biases)", low=0)
     warmup: float = _setting(0.05, "share of all steps over which the rate rises linearly", low=0, below=1)
+    warmup_steps: int | None = _setting(None, "the same as a number of steps, instead of `warmup`", low=0)
+    full_rate_first: bool = _setting(False, "step 0 at the full rate, before the warm-up: as the released program")
     clip_norm: float = _setting(1.0, "gradients are scaled down to this norm", above=0)
 
 
@@ -220,7 +222,9 @@ class TrainConfig(_Section):
     steps: int | None = _setting(None, "end after so many optimizer steps instead of after `epochs`", low=1)
     batch_size: int = _setting(8, "samples per device and forward pass", low=1)
     accumulate: int = _setting(1, "forward passes per optimizer step", low=1)
-    precision: Literal["no", "bf16"] = _setting("no", "mixed precision: bf16, or no for float32")
+    precision: Literal["no", "bf16", "fp16"] = _setting("no", "mixed: bf16, or fp16 on GPUs; no: float32")
+    ema: float | None = _setting(None, "decay of averaged weights, which are evaluated instead", above=0, below=1)
+    max_skips: int = _setting(20, "steps in a row without a finite gradient that end the run", low=1)
     workers: int = _setting(2, "processes per device that load data; 0 = the main one", low=0)
     seed: int = _setting(0, "seed of weights, order, augmentation and dropout", low=0, below=2**31)
     log_every: int = _setting(20, "steps between lines of metrics.jsonl", low=1)

@@ -101,8 +101,8 @@ def convert(source: Path, out: Path, words: Sequence[str] = ()) -> Conversion:
         aligner.patchmax.projection.weight.copy_(layer["text_proj.weight"])
         aligner.patchmax.projection.bias.copy_(layer["text_proj.bias"])
     with checkpoint.written_whole(out) as folder:
-        checkpoint.save_module(model, folder / "model.safetensors")
-        checkpoint.save_module(aligner, folder / "aligner.safetensors")
+        checkpoint.write_weights(model.state_dict(), folder / "model.safetensors")
+        checkpoint.write_weights(aligner.state_dict(), folder / "aligner.safetensors")
         if layer:
             safetensors.torch.save_file(layer, folder / ALIGNMENT_FILE)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")

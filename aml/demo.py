@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aml.comparison import CONDITIONS, STRATEGIES, choose_examples, iou, paired_difference, table
+from aml.demo_results import CONDITIONS, STRATEGIES, choose_examples, paired_difference, table
+from aml.files import write_json
+from aml.metrics import iou
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
         examples = make_examples(results["examples"], configs)
         figures.draw_all(out, results, examples)
     results["seconds"] = _seconds(out)
-    _write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     report = out / "report.html"
     report.write_text(figures.report(out, results), encoding="utf-8")
     print(f"\n{table(results)}\n\nwrote {report} ({sum(results['seconds'].values()) / 60:.1f} minutes of work)")
@@ -127,7 +129,7 @@ def _check_settings(out: Path, settings: DemoSettings, configs: dict[str, Any]) 
             f"{out} holds a demo with other settings:\n  " + "\n  ".join(changed) + "\n"
             "Give another --out, or remove that folder"
         )
-    _write_json(path, asked)
+    write_json(path, asked)
 
 
 def _finished(config: Any) -> bool:
@@ -172,12 +174,11 @@ def _evaluate(out: Path, settings: DemoSettings, strategy: str, config: Any) -> 
         clean = condition == "clean"
         records = evaluate(
             model,
-            dataset,
+            dataset.disturbed(None if clean else (condition, settings.severity)),
             batch_size=config.train.batch_size,
-            perturb=None if clean else (condition, settings.severity),
             aligner=aligner if clean else None,
         )
-        _write_json(path, records)
+        write_json(path, records)
         score = sum(map(iou, records)) / len(records)
         print(f"{strategy:<9}{condition:<10} mIoU {score:.4f} on {len(records)} unseen sentences", flush=True)
 
@@ -303,7 +304,7 @@ def _timed(out: Path, stage: str) -> Iterator[None]:
     yield
     seconds = _seconds(out)
     seconds[stage] = max(time.perf_counter() - start, seconds.get(stage, 0.0))
-    _write_json(out / "seconds.json", seconds)
+    write_json(out / "seconds.json", seconds)
 
 
 def _command(out: Path) -> str:
@@ -317,14 +318,6 @@ def _seconds(out: Path) -> dict[str, float]:
 
 def _records_path(out: Path, strategy: str, condition: str) -> Path:
     return out / "evaluations" / f"{strategy}-{condition}.json"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _mean(values: list[float]) -> float:

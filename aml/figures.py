@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aml.comparison import CONDITIONS, SHOWN, STRATEGIES, condition_name, difference_text, verdict
+from aml.demo_results import CONDITIONS, SHOWN, STRATEGIES, condition_name, difference_text, verdict
 
 # Distinct without colour vision, after Okabe and Ito.
 COLOURS = {"none": "#555555", "random": "#56b4e9", "easiest": "#e69f00", "loss": "#009e73"}

@@ -124,8 +124,8 @@ class PatchMax(nn.Module):
         self.options: dict[str, Any] = {"normalize": normalize and not folded, "scale": scale, "softmax": softmax}
         if self.learns:
             self.projection: nn.Module = TrainedProjection(visual_dim, text_dim, dim)
-            self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-            self.bias = nn.Parameter(torch.tensor(-4.0))
+            self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))  # not 0-d: FSDP divides along a dimension
+            self.bias = nn.Parameter(torch.tensor([-4.0]))
         elif folded:
             shared = projection == "shared"
             self.projection = RandomProjection(visual_dim, text_dim, seed, shared=shared, normalize=normalize)

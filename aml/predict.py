@@ -1,4 +1,4 @@
-"""From a photograph and a sentence to a mask: load a trained model, predict, and save mask and overlay."""
+"""From a photograph and a sentence to a mask: load a trained model, predict, and save mask, overlay and map."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import Tensor
 
-from aml import checkpoint
+from aml import assembly, checkpoint
+from aml.alignment import AlignmentLoss
+from aml.alignment_scores import resized_map
 from aml.config import load as load_config
 from aml.data.pixels import Box, at_own_size, padded, place, resized_image
+from aml.files import appearing_whole
 from aml.models import RISModel, build_model
 
 TINT = (255, 64, 96)
 TINT_STRENGTH = 0.35
 BACKGROUND_LIGHT = 0.5  # of what is not meant
+# From low to high similarity, in even steps: seen as such without colour vision and in print (after viridis).
+MAP_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+MAP_STRENGTH = 0.65
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RISModel:
@@ -31,6 +38,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RISModel
     model.resize = settings.data.resize
     checkpoint.load_weights(folder, model=model)
     return model.to(device).eval()
+
+
+def load_aligner(path: str | Path, model: RISModel) -> AlignmentLoss:
+    """What makes the similarity map of a checkpoint's model, on its device."""
+    folder = checkpoint.resolve(path)
+    aligner = assembly.build_aligner(load_config(folder / "config.yaml"), model)
+    checkpoint.load_weights(folder, aligner=aligner)
+    return aligner.to(next(model.parameters()).device).eval()
 
 
 def load_photo(path: str | Path) -> Image.Image:
@@ -51,34 +66,68 @@ def predict(model: RISModel, image: str | Path | Image.Image, sentence: str) -> 
     image: a file, or an upright RGB image. Returns the mask, bool [H, W], and the probability, float32 [H, W], both at
     the photograph's own size. The model's mode and device are as given: use `load_model`, or `model.eval()`.
     """
+    photo = image if isinstance(image, Image.Image) else load_photo(image)
+    full = _at_own_size(model(*_inputs(model, photo, sentence)), model, photo)
+    return (full > 0).cpu().numpy(), full.sigmoid().cpu().numpy()
+
+
+@torch.no_grad()
+def predict_with_map(
+    model: RISModel, aligner: AlignmentLoss, image: str | Path | Image.Image, sentence: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `predict`, but the mask and, instead of the probability, the similarity of each pixel to its best word."""
+    photo = image if isinstance(image, Image.Image) else load_photo(image)
+    logits, features = model(*_inputs(model, photo, sentence), return_alignment=True)
+    similarity = aligner.similarity(features)
+    if model.resize == "letterbox":
+        rows, columns = place(photo.height, photo.width, model.image_size, model.resize).slices
+        similarity = resized_map(similarity, (model.image_size, model.image_size))[:, rows, columns]
+    mask = (_at_own_size(logits, model, photo) > 0).cpu().numpy()
+    return mask, resized_map(similarity, (photo.height, photo.width))[0].cpu().numpy()
+
+
+def _inputs(model: RISModel, photo: Image.Image, sentence: str) -> tuple[Tensor, Tensor, Tensor]:
+    """image [1, 3, S, S], tokens, text_mask."""
     if not sentence.strip():
         raise ValueError(f"sentence={sentence!r}: expected words that describe one object, like 'the black dog'")
-    photo = image if isinstance(image, Image.Image) else load_photo(image)
     device = next(model.parameters()).device
     inside = place(photo.height, photo.width, model.image_size, model.resize)
     pixels = resized_image(photo, Box(0, 0, photo.width, photo.height), (inside.height, inside.width))
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (model.image_mean, model.image_std))
     square = torch.from_numpy(padded((pixels - mean) / std, inside, model.image_size)).to(device)
     tokens, text_mask = (tensor.to(device) for tensor in model.tokenize([sentence]))
-    logits = model(square[None], tokens, text_mask)
-    full = at_own_size(logits[0], photo.height, photo.width, model.image_size, model.resize)
-    return (full > 0).cpu().numpy(), full.sigmoid().cpu().numpy()
+    return square[None], tokens, text_mask
+
+
+def _at_own_size(logits: Tensor, model: RISModel, photo: Image.Image) -> Tensor:
+    return at_own_size(logits[0], photo.height, photo.width, model.image_size, model.resize)
 
 
 def save_mask(path: str | Path, mask: np.ndarray) -> None:
     """bool [H, W] -> a one-channel image file, 255 = the referent."""
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+    _save(Image.fromarray(mask.astype(np.uint8) * 255), path)
+
+
+def save_map(path: str | Path, photo: Image.Image, similarity: np.ndarray, sentence: str = "") -> None:
+    """A similarity map float [H, W] in colours over the photograph in grey, from its least to its greatest value."""
+    _require_size("similarity", similarity, photo)
+    low, high = float(similarity.min()), float(similarity.max())
+    share = (similarity - low) / max(high - low, 1e-12)
+    steps = np.linspace(0, 1, len(MAP_COLOURS))
+    colours = np.stack([np.interp(share, steps, channel) for channel in np.transpose(MAP_COLOURS)], axis=-1)
+    grey = np.asarray(photo, dtype=np.float32).mean(axis=2, keepdims=True)
+    picture = Image.fromarray((MAP_STRENGTH * colours + (1 - MAP_STRENGTH) * grey).astype(np.uint8))
+    _save(_captioned(picture, f"{sentence} ({low:.2f} to {high:.2f})".strip()), path)
 
 
 def save_overlay(path: str | Path, photo: Image.Image, mask: np.ndarray, sentence: str = "") -> None:
     """The photograph with the mask tinted and outlined, the rest darkened, and the sentence below."""
-    overlay(photo, mask, sentence).save(path)
+    _save(overlay(photo, mask, sentence), path)
 
 
 def overlay(photo: Image.Image, mask: np.ndarray, sentence: str = "") -> Image.Image:
     """What `save_overlay` saves. photo: RGB; mask: bool [H, W] of the same size."""
-    if mask.shape != (photo.height, photo.width):
-        raise ValueError(f"mask: expected [{photo.height}, {photo.width}], the photo's size, got {list(mask.shape)}")
+    _require_size("mask", mask, photo)
     selected = Image.fromarray(mask.astype(np.uint8) * 255)
     pixels = np.asarray(photo, dtype=np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
@@ -94,6 +143,16 @@ def overlay(photo: Image.Image, mask: np.ndarray, sentence: str = "") -> Image.I
     picture.paste((255, 255, 255), mask=Image.fromarray(np.asarray(wide) & ~np.asarray(selected)))
     picture.paste(TINT, mask=Image.fromarray(np.asarray(inner) & ~np.asarray(selected)))
     return _captioned(picture, sentence) if sentence else picture
+
+
+def _require_size(name: str, array: np.ndarray, photo: Image.Image) -> None:
+    if array.shape != (photo.height, photo.width):
+        raise ValueError(f"{name}: expected [{photo.height}, {photo.width}], the photo's size, got {list(array.shape)}")
+
+
+def _save(picture: Image.Image, path: str | Path) -> None:
+    with appearing_whole(Path(path)) as temporary:
+        picture.save(temporary)
 
 
 def _captioned(picture: Image.Image, sentence: str) -> Image.Image:

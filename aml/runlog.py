@@ -1,10 +1,11 @@
-"""What a run writes besides checkpoints: metrics.jsonl, run.json and, on request, TensorBoard events."""
+"""What a run writes besides checkpoints: metrics.jsonl, what goes into run.json, on request TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def source_commit() -> dict[str, Any] | None:
+    """The git commit of this package's source, and whether tracked files differ from it; None if it is no checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or the commit is that of what it is installed into
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def tensorboard_writer() -> Any:

@@ -42,10 +42,19 @@ class Operator:
             LIBRARY.impl(name, self.launch, "CUDA")
         self.default = getattr(torch.ops.aml_kernels, name).default
         self.triton = getattr(torch.ops.aml_kernels, f"{name}_triton").default
+        types = [str(argument.type) for argument in self.default._schema.arguments]
+        self._floats = [i for i, kind in enumerate(types) if kind in ("float", "Optional[float]")]
 
     def launch(self, *arguments):
-        """Triton's kernels, without the dispatcher."""
-        return self._load()(*arguments)
+        """Triton's kernels, without the dispatcher.
+
+        As by the dispatcher, a whole number given for a float becomes one: Triton would compile another program for it.
+        """
+        converted = list(arguments)
+        for i in self._floats:
+            if type(converted[i]) is int:
+                converted[i] = float(converted[i])
+        return self._load()(*converted)
 
     def variant(self, backend: str, device_type: str) -> torch._ops.OpOverload:
         """The operator that runs `backend` for tensors of `device_type`."""

@@ -11,6 +11,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 
+import thinning  # noqa: E402
 from helpers import FOR_GPUS, INTERPRETED, device_of, missing  # noqa: E402
 
 from aml_kernels import _backend  # noqa: E402
@@ -39,21 +40,58 @@ def conditions():
 @pytest.fixture(scope="module", params=_backend.BACKENDS)
 def backend(request, conditions):
     """Each back end in turn; one that cannot run here is skipped, saying why."""
+    if request.param == "triton" and INTERPRETED:
+        name = request.getfixturevalue("interpreted")
+        import interpreter
+
+        with interpreter.larger_tiles():
+            yield name
+        return
     if reason := missing(request.param):
         pytest.skip(reason)
-    return request.param
+    yield request.param
+
+
+@pytest.fixture(scope="module")
+def interpreted(conditions):
+    """The Triton back end in its interpreter, for what a GPU cannot show or is not asked to."""
+    if reason := _backend.missing("triton", "cpu"):
+        pytest.skip(reason)
+    import interpreter
+
+    interpreter.quicken()
+    return "triton"
+
+
+def parameters_of(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def skipped(item) -> str | None:
+    """Why a test is not for its back end."""
+    parameters = parameters_of(item)
+    backend = parameters.get("backend")
+    if backend in FOR_GPUS and (torch.float64 in parameters.values() or item.get_closest_marker("fp64")):
+        return f"{backend} takes no fp64"
+    if backend == "triton" and INTERPRETED and item.get_closest_marker("large"):
+        return "takes too long in Triton's interpreter"
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if INTERPRETED:
+        left_out = thinning.left_out([item for item in items if not skipped(item)])
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
 def device(request):
     """New tensors are on the device of the test's back end. Cases that this back end is not made for are skipped."""
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    backend = parameters.get("backend", "cpu")
-    if backend in FOR_GPUS:
-        if torch.float64 in parameters.values() or request.node.get_closest_marker("fp64"):
-            pytest.skip(f"{backend} takes no fp64")
-        if backend == "triton" and INTERPRETED and request.node.get_closest_marker("large"):
-            pytest.skip("takes too long in Triton's interpreter")
+    backend = parameters_of(request.node).get("backend", "cpu")
+    if reason := skipped(request.node):
+        pytest.skip(reason)
     if device_of(backend) == "cpu":
         yield
         return

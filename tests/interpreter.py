@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
+@functools.cache
 def quicken() -> None:
     """The same results in a third of the time.
 
@@ -20,6 +22,29 @@ def quicken() -> None:
     interpreter._patch_lang = _Patches(interpreter._patch_lang)
     interpreter._get_np_dtype = _NumpyTypes(interpreter._get_np_dtype)
     _check_overflow(False)
+
+
+#: Of the launchers' configurations: the interpreter's time goes by operations, not by their size.
+LARGER = {
+    "features": {"PIXELS": 256, "CHANNELS": 512, "CHANNELS_FP32": 512}, "similarity": {"PIXELS": 256},
+    "similarity_backward": {"PIXELS": 256, "CHANNELS": 256, "STEP": 256},
+    "masked_loss": {"TILE_ROWS": 32, "RESIZED_TILE_ROWS": 32, "PROGRAM_ROWS": 128},
+    "masked_loss_backward": {"TILE_ROWS": 32, "PROGRAM_ROWS": 128, "PIXEL_ROWS": 64, "PIXEL_COLUMNS": 64},
+    "region_filter": {"TILE_ROWS": 64, "WEAK_TILE_ROWS": 64},
+}
+
+
+@contextlib.contextmanager
+def larger_tiles():
+    """For the common tests. The tests of Triton's own run what a GPU runs, with several tiles to a program."""
+    before = {}
+    for name, sizes in LARGER.items():
+        module = importlib.import_module(f"aml_kernels.triton.{name}")
+        before[module] = {size: getattr(module, size) for size in sizes}
+        vars(module).update(sizes)
+    yield
+    for module, sizes in before.items():
+        vars(module).update(sizes)
 
 
 @contextlib.contextmanager

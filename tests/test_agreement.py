@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, coin, here, kept_pixels, laid_out, loss_inputs, missing, normal, same_bits
+from helpers import INTERPRETED, LAYOUTS, coin, here, kept_pixels, laid_out, loss_inputs, missing, normal, same_bits
 
 from aml_kernels import aml_loss, filter_regions, masked_loss, pixel_text_similarity, sample_quantile
 
@@ -27,6 +27,8 @@ def backend(request, conditions):
     if request.param != "emulated":
         if reason := missing(request.param):
             pytest.skip(reason)
+        if request.param == "triton" and INTERPRETED:
+            request.getfixturevalue("interpreted")
         yield request.param
         return
     if reason := builds.missing("plain"):

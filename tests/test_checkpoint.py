@@ -4,13 +4,15 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import tiny
 import torch
+from dying import DISK, half_write
 from torch import nn
 
 from aml import checkpoint
@@ -18,13 +20,15 @@ from aml.checkpoint import CheckpointError, newest, problem, read, resolve
 
 
 class Tied(nn.Module):
-    """Two names for one tensor, as embedding and output layers often have."""
+    """Two names for one tensor, as embedding and output layers often have, and a part that is not trained."""
 
     def __init__(self, value):
         super().__init__()
         self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
         self.b.weight = self.a.weight
         nn.init.constant_(self.a.weight, value)
+        self.encoder = nn.Linear(4, 1, bias=False).requires_grad_(False)
+        nn.init.constant_(self.encoder.weight, 7.0)
 
 
 def save(run: Path, step: int, **options) -> Path:
@@ -33,13 +37,14 @@ def save(run: Path, step: int, **options) -> Path:
     model.a(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     nn.init.constant_(model.a.weight, float(step))
-    options = {"aligner": nn.Identity(), "config": "train: {}\n", "state": {"step": step}} | options
+    state = model.state_dict()
+    weights = {"frozen": {"encoder.weight": state.pop("encoder.weight")}, "model": state, "aligner": {}}
+    options = {"weights": weights, "config": "train: {}\n", "state": {"step": step}} | options
     return checkpoint.save(
         run,
         step,
-        model=model,
         optimizer=optimizer.state_dict(),
-        ranks=[{"cpu": torch.arange(step)}],
+        ranks=[{"cpu": torch.arange(step % 100)}],
         **options,
     )
 
@@ -53,6 +58,7 @@ def assert_loads(path: Path, step: int) -> None:
     model = Tied(-1.0)
     checkpoint.load_weights(path, model=model, aligner=nn.Identity())
     assert torch.equal(model.b.weight, torch.full((2, 2), float(step)))
+    assert torch.equal(model.encoder.weight, torch.full((1, 4), 7.0))
     assert read(path).state["step"] == step
 
 
@@ -66,11 +72,36 @@ def test_what_is_saved_is_loaded(tmp_path):
         "COMPLETE",
         "aligner.safetensors",
         "config.yaml",
+        "frozen.safetensors",
         "model.safetensors",
         "optimizer.pt",
         "rng-rank0.pt",
         "state.json",
     ]
+
+
+def test_frozen_weights_are_written_once(tmp_path):
+    """One file under the names of all checkpoints, which outlives each of them, with the digest of its writing."""
+    first = save(tmp_path, 1)
+    second = save(tmp_path, 2, frozen_in=first, keep=1)
+    third = save(tmp_path, 3, frozen_in=second)
+    files = [path / "frozen.safetensors" for path in (second, third)]
+    assert not first.exists() and files[0].samefile(files[1])
+    assert_loads(second, 2)
+    assert_loads(third, 3)
+    flip(files[0])
+    fourth = save(tmp_path, 4, frozen_in=third)
+    assert problem(fourth) == "frozen.safetensors is damaged: its SHA-256 is not the one in COMPLETE"
+
+
+def test_averaged_weights_are_read_where_there_are_some(tmp_path):
+    raw, averaged = ({"weight": torch.full((1, 1), value), "bias": torch.zeros(1)} for value in (1.0, 2.0))
+    path = save(tmp_path, 1, weights={"model": raw, "ema": averaged, "aligner": raw})
+    model, aligner = nn.Linear(1, 1), nn.Linear(1, 1)
+    checkpoint.load_weights(path, model=model, aligner=aligner)
+    assert (model.weight, aligner.weight) == (2.0, 1.0)
+    checkpoint.load_weights(path, averaged=False, model=model)
+    assert model.weight == 1.0
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -80,6 +111,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert newest(tmp_path) == (tmp_path / "checkpoints/step-00000100", [])
     assert resolve(tmp_path).name == "step-00000005", "a run directory stands for its best checkpoint"
     assert resolve(tmp_path / "checkpoints/last").name == "step-00000100"
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tmp_path):
+    for step in (10, 20):
+        flip(save(tmp_path, step, keep=1) / "model.safetensors")
+    assert newest(tmp_path)[0] is None
+    save(tmp_path, 15, keep=1)
+    assert newest(tmp_path)[0].name == "step-00000015"
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -128,24 +167,16 @@ class Failing:
 
     def __init__(self, monkeypatch, after: int):
         self.left, self.failed = after, None
-        for owner, name in [
-            (torch, "save"),
-            (safetensors.torch, "save_model"),
-            (Path, "write_text"),
-            (Path, "mkdir"),
-            (os, "fsync"),
-            (os, "rename"),
-            (os, "replace"),
-        ]:
-            monkeypatch.setattr(owner, name, self.wrap(name, getattr(owner, name)))
+        for owner, name, file in DISK:
+            if name not in ("unlink", "rmtree"):  # removal: what fails to go is left behind
+                monkeypatch.setattr(owner, name, self.wrap(name, getattr(owner, name), file))
 
-    def wrap(self, name, function):
+    def wrap(self, name, function, file):
         def call(*args, **kwargs):
             if self.left == 0 and self.failed is None:
                 self.failed = name
-                target = {"save": args[1:2], "save_model": args[1:2], "write_text": args[:1]}.get(name)
-                if target:
-                    Path(target[0]).write_bytes(b"half")
+                if file is not None:
+                    half_write(args[file])
                 raise OSError(errno.ENOSPC, "No space left on device")
             self.left -= 1
             return function(*args, **kwargs)
@@ -157,11 +188,11 @@ def test_a_failure_at_any_write_leaves_a_loadable_checkpoint(tmp_path):
     failures = []
     for after in range(1000):
         run = tmp_path / str(after)
-        save(run, 1, keep=1)
+        first = save(run, 1, keep=1)
         with pytest.MonkeyPatch.context() as patch:
             failing = Failing(patch, after)
             try:
-                save(run, 2, keep=1)
+                save(run, 2, keep=1, frozen_in=first)
             except OSError as error:
                 assert error.errno == errno.ENOSPC
         path, _ = newest(run)
@@ -173,8 +204,44 @@ def test_a_failure_at_any_write_leaves_a_loadable_checkpoint(tmp_path):
         failures.append(failing.failed)
         assert_loads(save(run, 2, keep=1), 2)  # and the next attempt works
         assert names(run) == ["last", "step-00000002"]
-    assert set(failures) == {"save", "save_model", "write_text", "mkdir", "fsync", "rename", "replace"}
+    assert set(failures) == {"save", "save_file", "write_text", "mkdir", "fsync", "link", "rename", "replace"}
     assert len(failures) > 20
+
+
+def save_and_die(folder: Path) -> None:
+    """Per moment a run and a process that dies then; until one lives to the end. Writes how each ended."""
+    import dying
+
+    torch.set_num_threads(1)
+    os.fsync = lambda _: None  # a moment all the same, but for those who pull the plug
+    first = save(folder / "first", 1, keep=1)
+    ends: list[int] = []
+    while 0 not in ends:
+        if (child := os.fork()) == 0:
+            run = folder / str(len(ends))
+            shutil.copytree(folder / "first", run)
+            dying.die_at(len(ends))
+            save(run, 2, keep=1, frozen_in=first)
+            os._exit(0)
+        ends.append(os.waitpid(child, 0)[1])
+    (folder / "ends.json").write_text(json.dumps(ends))
+
+
+def test_kill_9_at_each_write_leaves_a_loadable_checkpoint(tmp_path):
+    """And the old checkpoint goes only when the new one is complete."""
+    process = tiny.start(save_and_die, tmp_path)
+    process.join(120)
+    *ends, last = json.loads((tmp_path / "ends.json").read_text())
+    assert set(ends) == {signal.SIGKILL} and last == 0 and len(ends) > 25
+    steps = []
+    for moment in range(len(ends) + 1):
+        run = tmp_path / str(moment)
+        path, _ = newest(run)
+        steps.append(int(path.name[5:]))
+        assert_loads(path, steps[-1])
+        pointed = resolve(run / "checkpoints/last")
+        assert_loads(pointed, int(pointed.name[5:]))
+    assert steps == sorted(steps) and set(steps) == {1, 2}
 
 
 def write_without_end(run: Path, said) -> None:
@@ -185,8 +252,7 @@ def write_without_end(run: Path, said) -> None:
         checkpoint.save(
             run,
             step,
-            model=model,
-            aligner=nn.Identity(),
+            weights={"model": model.state_dict()},
             optimizer=optimizer,
             ranks=[{}],
             state={"step": step},
@@ -230,9 +296,8 @@ def test_wrapped_or_empty_models_are_refused(tmp_path):
     model = nn.Sequential(nn.Linear(1, 1))
     for wrong, words in [(torch.compile(model), "wrapper"), (nn.Identity(), "no weights")]:
         with pytest.raises(CheckpointError, match=words):
-            checkpoint.save(
-                tmp_path, 1, model=wrong, aligner=nn.Identity(), optimizer={}, ranks=[{}], state={}, config=""
-            )
+            weights = {"model": wrong.state_dict()}
+            checkpoint.save(tmp_path, 1, weights=weights, optimizer={}, ranks=[{}], state={}, config="")
     assert newest(tmp_path) == (None, [])
 
 

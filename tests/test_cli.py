@@ -96,7 +96,7 @@ sys.exit(code)
             "unknown argument 'train.seed=1'",
         ),
         (["eval", "--checkpoint", "/nowhere"], "/nowhere is not a complete checkpoint"),
-        (["eval", "--checkpoint", "x", "--perturb", "fog:2"], "write noise:3, or blur or occlusion"),
+        (["eval", "--checkpoint", "x", "--perturb", "fog:2"], "write noise:3, or another of occlusion, noise, blur"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         ([], "required: COMMAND"),
     ],

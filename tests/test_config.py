@@ -16,8 +16,9 @@ alignment.preset alignment.strategy alignment.projection alignment.dim alignment
 alignment.softmax alignment.scale alignment.quantile alignment.threshold alignment.protect_target alignment.drop_ratio
 alignment.block_size alignment.max_dropped alignment.bce_weight alignment.dice_weight alignment.background_weight
 alignment.target_weight alignment.aux_weight alignment.aux_into_encoders alignment.warmup
-optim.lr optim.weight_decay optim.warmup optim.clip_norm
-train.out train.epochs train.steps train.batch_size train.accumulate train.precision train.workers train.seed
+optim.lr optim.weight_decay optim.warmup optim.warmup_steps optim.full_rate_first optim.clip_norm
+train.out train.epochs train.steps train.batch_size train.accumulate train.precision train.ema train.max_skips
+train.workers train.seed
 train.log_every train.save_every train.keep train.patience train.compile train.tensorboard
 eval.every eval.metric
 """.split()
@@ -91,7 +92,7 @@ def test_a_scalar_is_read_by_the_declared_type(tmp_path, text, section, name, va
         ("train: {epochs: 0}", "run.yaml:1: train.epochs must be at least 1, got 0"),
         ("train: {compile: yes}", "run.yaml:1: train.compile takes true or false, got 'yes'"),
         ("train: {compile: 1}", "run.yaml:1: train.compile takes true or false, got '1'"),
-        ("train: {precision: fp8}", "run.yaml:1: train.precision takes one of no, bf16, got 'fp8'"),
+        ("train: {precision: fp8}", "run.yaml:1: train.precision takes one of no, bf16, fp16, got 'fp8'"),
         ("train: {steps: many}", "run.yaml:1: train.steps takes an integer or null, got 'many'"),
         ("optim: {lr: nan}", "run.yaml:1: optim.lr takes a number, got nan"),
         ("optim: {lr: 0}", "run.yaml:1: optim.lr must be above 0, got 0.0"),
@@ -114,7 +115,8 @@ def test_a_scalar_is_read_by_the_declared_type(tmp_path, text, section, name, va
         ),
         (
             "optim: {leaning_rate: 1}",
-            "run.yaml:1: unknown setting 'optim.leaning_rate'; optim has lr, weight_decay, warmup, clip_norm",
+            "run.yaml:1: unknown setting 'optim.leaning_rate'; optim has lr, weight_decay, warmup, warmup_steps, "
+            "full_rate_first, clip_norm",
         ),
         (
             "optim: {weight_decy: 1}",

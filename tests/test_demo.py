@@ -9,7 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
-from aml import comparison, demo, evaluation, figures
+from aml import demo, demo_results, evaluation, figures
 from aml.config import ConfigError
 
 TRAIN = ("train.log_every=2", "train.steps=6", "train.batch_size=4", "optim.lr=0.003")
@@ -53,9 +53,9 @@ def test_the_report_is_self_contained_and_holds_the_numbers(made):
     for name, found in results["strategies"].items():
         row = re.search(rf"<tr><td class=\"name\">[^\n]*?</span>{name}</td>(.*?)</tr>", page).group(1)
         cells = re.findall(r">([^<]+)</td>", row)
-        wanted = [f"{100 * found[c][m]:.1f}" for c in comparison.CONDITIONS for m in comparison.SHOWN]
+        wanted = [f"{100 * found[c][m]:.1f}" for c in demo_results.CONDITIONS for m in demo_results.SHOWN]
         assert cells == wanted
-    assert comparison.table(results).count("\n") > 15
+    assert demo_results.table(results).count("\n") > 15
 
 
 def test_results_equal_a_fresh_evaluation(made):
@@ -63,7 +63,7 @@ def test_results_equal_a_fresh_evaluation(made):
     for strategy, perturb in (("loss", None), ("random", ("blur", settings.severity))):
         model, aligner, dataset = demo.load_run(demo._config(out, settings, strategy))
         records = evaluation.evaluate(
-            model, dataset, batch_size=4, perturb=perturb, aligner=None if perturb else aligner, progress=False
+            model, dataset.disturbed(perturb), batch_size=4, aligner=None if perturb else aligner, progress=False
         )
         fresh = evaluation.metrics(records, dataset.sample_ids)
         assert results["strategies"][strategy][perturb[0] if perturb else "clean"] == pytest.approx(fresh)
@@ -127,30 +127,30 @@ def test_a_wrong_setting_starts_nothing(tmp_path):
 )
 def test_the_verdict_claims_no_more_than_the_intervals_allow(made, points, width, headline, line):
     results = json.loads(json.dumps(made[2]))
-    for condition in comparison.CONDITIONS:
+    for condition in demo_results.CONDITIONS:
         results["strategies"]["loss"]["differences"][condition] = {
             "mIoU": points / 100,
             "low": (points - width) / 100,
             "high": (points + width) / 100,
         }
-    said = comparison.verdict(results)
-    assert headline in said[0] and said[-1] == comparison.CAVEAT
-    assert all(line in text for text in said[1 : 1 + len(comparison.CONDITIONS)])
+    said = demo_results.verdict(results)
+    assert headline in said[0] and said[-1] == demo_results.CAVEAT
+    assert all(line in text for text in said[1 : 1 + len(demo_results.CONDITIONS)])
 
 
 def test_paired_difference_by_hand():
     def records(ious):
-        return [{"sample_id": name, "intersection": i, "union": 10} for name, i in ious.items()]
+        return [{"sample_id": name, "intersection": i, "union": 10, "target": 10} for name, i in ious.items()]
 
     base = records({"a": 1, "b": 2, "c": 3})
     better = records({"c": 5, "b": 4, "a": 3})  # paired by id, not by place
     images = {"a": 1, "b": 1, "c": 2}
-    assert comparison.paired_difference(better, base, images) == pytest.approx({"mIoU": 0.2, "low": 0.2, "high": 0.2})
-    mixed = comparison.paired_difference(records({"a": 5, "b": 6, "c": 2}), base, images)
+    assert demo_results.paired_difference(better, base, images) == pytest.approx({"mIoU": 0.2, "low": 0.2, "high": 0.2})
+    mixed = demo_results.paired_difference(records({"a": 5, "b": 6, "c": 2}), base, images)
     # Two images, gains .4, .4 and -.1: their resamples are (1, 1), (1, 2), (2, 2).
     assert mixed == pytest.approx({"mIoU": 0.7 / 3, "low": -0.1, "high": 0.4})
     with pytest.raises(ValueError, match="same sample ids"):
-        comparison.paired_difference(better[:2], base, images)
+        demo_results.paired_difference(better[:2], base, images)
 
 
 @pytest.mark.parametrize("protect", [True, False])
@@ -176,7 +176,7 @@ def test_pixels_shown_as_left_out_are_those_the_loss_leaves_out(protect):
 def test_examples_are_from_different_images_and_at_fixed_ranks():
     records = [{"sample_id": f"{i}-{j}", "intersection": i, "union": 100} for i in range(100) for j in range(2)]
     image_of = {record["sample_id"]: int(record["sample_id"].split("-")[0]) for record in records}
-    chosen = comparison.choose_examples(records, image_of)
-    assert len({image_of[name] for name in chosen}) == len(comparison.EXAMPLE_RANKS)
-    for name, rank in zip(chosen, comparison.EXAMPLE_RANKS, strict=True):
+    chosen = demo_results.choose_examples(records, image_of)
+    assert len({image_of[name] for name in chosen}) == len(demo_results.EXAMPLE_RANKS)
+    for name, rank in zip(chosen, demo_results.EXAMPLE_RANKS, strict=True):
         assert abs(image_of[name] - 100 * rank) <= 2

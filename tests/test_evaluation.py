@@ -1,4 +1,4 @@
-"""Metrics as a pure function of records, evaluation as a pure function of model and data, and perturbations."""
+"""Metrics as a pure function of records, evaluation as a pure function of model and data."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from refer_files import ref
+from test_data_sets import write_grefcoco
 
 from aml.alignment import AlignmentLoss
 from aml.data.dataset import RISDataset
 from aml.data.refer import ReferDataset
 from aml.data.scenes import render_scenes
-from aml.evaluation import counts, evaluate, metrics, resized
+from aml.evaluation import counts, evaluate, metrics, part_of_rank, resized
 from aml.models.base import AlignmentInputs, RISModel
-from aml.perturbations import KINDS, OCCLUDED_SHARE, perturb
 
 GOLDEN = Path(__file__).parents[1] / ".." / "shared" / "fixtures" / "golden"
 SIZE = 48
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 class RedPixels(RISModel):
@@ -93,10 +94,8 @@ def test_batch_size_and_sharding_change_nothing(dataset):
     model, judge = RedPixels(), aligner()
     whole = evaluate(model, dataset, batch_size=8, aligner=judge, progress=False)
     assert same(evaluate(model, dataset, batch_size=1, aligner=judge, progress=False), whole)
-    ranks = [
-        evaluate(model, dataset, batch_size=4, aligner=judge, indices=range(rank, len(dataset), 3), progress=False)
-        for rank in range(3)
-    ]
+    parts = [part_of_rank(len(dataset), 4, rank, 3) for rank in range(3)]
+    ranks = [evaluate(model, dataset, batch_size=4, aligner=judge, indices=p, progress=False) for p in parts]
     merged = [record for records in reversed(ranks) for record in records]
     expected = metrics(whole, dataset.sample_ids)
     assert metrics(merged, dataset.sample_ids) == pytest.approx(expected, abs=0)
@@ -129,22 +128,48 @@ def test_the_wrong_sentence_is_about_another_photograph_and_is_used(dataset):
     assert 0 <= records[0]["auc"] <= 1 and 0 <= records[0]["auc_wrong_sentence"] <= 1
 
 
-def test_perturbation_is_the_same_for_all_sentences_of_a_photograph(dataset):
+def test_a_rank_has_whole_batches_and_all_ranks_have_every_sample_once():
+    for length in (0, 1, 2, 3, 4, 5, 11, 12, 21):
+        for world in (1, 2, 3, 5):
+            parts = [part_of_rank(length, 3, rank, world) for rank in range(world)]
+            assert sorted(sum(parts, [])) == list(range(length))
+            for part in parts:  # evaluated in threes, they are the batches of one process
+                batches = [part[first : first + 3] for first in range(0, len(part), 3)]
+                assert all(b == list(range(b[0], min(b[0] + 3, length))) and b[0] % 3 == 0 for b in batches)
+    with pytest.raises(ValueError, match="rank=2, world=2"):
+        part_of_rank(4, 2, 2, 2)
+
+
+def test_records_say_what_they_are_of(dataset):
+    for record, expression in zip(evaluate(RedPixels(), dataset, progress=False), dataset.expressions, strict=True):
+        assert record["image"] == expression.image_path.name and record["sentence"] == expression.sentence
+        assert record["no_target"] is False
+
+
+def test_a_disturbed_photograph_is_the_same_for_all_its_sentences(dataset):
+    disturbed = dataset.disturbed(("noise", 3))
     images: dict = {}
-
-    class Spy(RedPixels):
-        def forward(self, image, *arguments, **options):
-            for index, one in zip(order[len(images_seen) : len(images_seen) + len(image)], image, strict=True):
-                images.setdefault(dataset.expressions[index].image_id, []).append(one)
-                images_seen.append(index)
-            return super().forward(image, *arguments, **options)
-
-    order, images_seen = list(range(len(dataset))), []
-    first = evaluate(Spy(), dataset, batch_size=5, perturb=("noise", 3), progress=False)
+    for index, expression in enumerate(dataset.expressions):
+        images.setdefault(expression.image_id, []).append(disturbed[index]["image"])
+    assert len(images) == 4 and max(map(len, images.values())) > 1
     assert all(torch.equal(other, group[0]) for group in images.values() for other in group)
-    assert not torch.equal(images[dataset.expressions[0].image_id][0], dataset[0]["image"])
-    assert first == evaluate(RedPixels(), dataset, batch_size=2, perturb=("noise", 3), progress=False)
+    assert not torch.equal(disturbed[0]["image"], dataset[0]["image"])
+    assert torch.equal(disturbed.disturbed(None)[0]["image"], dataset[0]["image"])
+    first = evaluate(RedPixels(), disturbed, batch_size=5, progress=False)
+    assert first == evaluate(RedPixels(), disturbed, batch_size=2, progress=False)
     assert first != evaluate(RedPixels(), dataset, progress=False)
+    with pytest.raises(ValueError, match="only for evaluation"):
+        build_dataset(dataset.refer, train=True).disturbed(("noise", 3))
+
+
+def test_a_disturbance_is_the_same_for_models_of_other_input_sizes(dataset):
+    """It happens to the photograph: the input of 40 pixels is that of 80, made smaller."""
+    large, small = (
+        RISDataset(dataset.refer, "val", train=False, image_size=size, tokenize=RedPixels().tokenize, **PLAIN)
+        .disturbed(("occlusion", 5))[0]["image"]
+        for size in (80, 40)
+    )
+    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.02
 
 
 def record(name, intersection, union, target=10, full=(0, 0, 0), **more):
@@ -169,6 +194,38 @@ def test_metrics_by_hand():
     assert result["area_ratio"] == (10 + 7 - 8 + 20 + 1 - 4) / 12
     assert result["auc"] == 0.75 and result["target_left_out"] == 0.25
     assert "auc_wrong_sentence" not in result
+
+
+def test_sentences_without_a_target_by_hand():
+    """As in GRES: right is to predict nothing, which counts 1 in gIoU; in P@X they do not count."""
+    records = [
+        record("half", 5, 10, no_target=False),
+        record("missed", 0, 10, no_target=False),
+        record("nothing, right", 0, 0, target=0, no_target=True),
+        record("nothing, wrong", 0, 30, target=0, no_target=True),
+        record("lost in resizing", 0, 0, target=0, no_target=False),
+    ]
+    result = metrics(records, [r["sample_id"] for r in records])
+    assert (result["sentences"], result["no_target"], result["empty_unions"]) == (5, 2, 1)
+    assert result["gIoU"] == pytest.approx((0.5 + 0 + 1 + 0 + 0) / 5)
+    assert result["N-acc"] == 1 / 2 and result["T-acc"] == 1 / 3
+    assert result["mIoU"] == pytest.approx(0.5 / 3) and result["P@0.5"] == 1 / 3
+    assert result["oIoU"] == 5 / 50
+    alone = metrics(records[2:4], ["nothing, right", "nothing, wrong"])
+    assert alone["mIoU"] == alone["P@0.5"] == alone["T-acc"] == 0 and alone["gIoU"] == 0.5
+    with_targets = metrics(records[:2], ["half", "missed"])
+    assert not {"gIoU", "N-acc", "T-acc", "no_target"} & with_targets.keys()
+
+
+def test_sentences_without_a_target_are_evaluated(tmp_path):
+    refs = [ref(0, "val"), ref(1, "val", ann_id=[-1])]
+    refer = ReferDataset(write_grefcoco(tmp_path, refs), "grefcoco")
+    data = build_dataset(refer)
+    records = evaluate(RedPixels(), data, aligner=aligner(), progress=False)
+    assert [record["no_target"] for record in records] == [False, False, True, True]
+    assert [record["auc"] is None for record in records] == [False, False, True, True]
+    result = metrics(records, data.sample_ids)  # a navy photograph: nothing is red, so nothing is predicted
+    assert result["full_gIoU"] == 0.5 and result["full_N-acc"] == 1 and result["full_T-acc"] == 0
 
 
 @pytest.mark.parametrize(
@@ -212,43 +269,3 @@ def test_released_metrics_are_reproduced(case):
 def test_resized_aligns_corners():
     logits = torch.arange(6.0).view(1, 2, 3)
     assert torch.equal(resized(logits, (3, 5))[0, ::2, ::2], logits[0])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_perturbations_grow_with_severity_and_repeat(kind):
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    image[20:40, 30:60] = 200
-    tensor = torch.from_numpy(image.copy()).permute(2, 0, 1) / 255
-    distance = []
-    for severity in range(1, 6):
-        changed = perturb(image, kind, severity, seed=5)
-        assert changed.shape == image.shape and changed.dtype == np.uint8
-        assert np.array_equal(changed, perturb(image, kind, severity, seed=5))
-        as_tensor = perturb(tensor, kind, severity, seed=5)
-        assert as_tensor.dtype == tensor.dtype and 0 <= as_tensor.min() and as_tensor.max() <= 1
-        assert np.abs(as_tensor.permute(1, 2, 0).numpy() * 255 - changed).max() <= 0.5001
-        distance.append(np.square(changed.astype(float) - image).mean())
-    assert all(low < high for low, high in zip(distance, distance[1:], strict=False))
-    assert (kind == "blur") == np.array_equal(perturb(image, kind, 3, seed=5), perturb(image, kind, 3, seed=6))
-
-
-def test_occlusion_hides_the_stated_share():
-    image = torch.zeros(3, 64, 128)
-    for severity, share in enumerate(OCCLUDED_SHARE, start=1):
-        hidden = (perturb(image, "occlusion", severity, seed=1) > 0).float().mean().item()
-        assert hidden == pytest.approx(share, abs=1 / 64)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((np.zeros((8, 8, 3), np.uint8), "nois", 1), "kind='nois'.*did you mean 'noise'"),
-        ((np.zeros((8, 8, 3), np.uint8), "noise", 0), "severity=0"),
-        ((np.zeros((8, 8), np.uint8), "noise", 1), r"expected uint8 \[H, W, 3\]"),
-        ((torch.zeros(8, 8, 3), "noise", 1), r"expected float \[3, H, W\]"),
-    ],
-)
-def test_wrong_images_and_kinds_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        perturb(*arguments)

@@ -104,7 +104,7 @@ def test_a_source_distribution_holds_all_that_a_build_reads(tmp_path):
     with tarfile.open(archive) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
     needed = [path for folder in ("csrc", "aml_kernels", "aml") for path in (ROOT / folder).rglob("*")
-              if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")]
+              if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".csv")]
     missing = {str(path.relative_to(ROOT)) for path in needed} - held
     assert needed and not missing, f"not in the archive: {sorted(missing)}"
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= held

@@ -6,16 +6,42 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 
-from aml import checkpoint, config
+from aml import checkpoint, cli, config
+from aml.assembly import build_aligner
+from aml.data.pixels import place
 from aml.models import build_model
-from aml.predict import load_model, load_photo, overlay, predict, save_mask, save_overlay
+from aml.predict import (
+    load_aligner,
+    load_model,
+    load_photo,
+    overlay,
+    predict,
+    predict_with_map,
+    save_map,
+    save_mask,
+    save_overlay,
+)
+
+SETTINGS = ["model.image_size=64", "model.backbone=resnet18", "model.layers=1", "model.dim=64"]
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     return build_model("compact", image_size=64, pretrained=False, backbone="resnet18", layers=1, dim=64).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """Its checkpoint."""
+    settings, final = config.load(None, SETTINGS), tmp_path_factory.mktemp("run") / "checkpoint"
+    with checkpoint.written_whole(final) as folder:
+        save_model(model, str(folder / "model.safetensors"))
+        save_model(build_aligner(settings, model), str(folder / "aligner.safetensors"))
+        (folder / "config.yaml").write_text(config.to_yaml(settings))
+    return final
 
 
 @pytest.fixture
@@ -34,25 +60,29 @@ def test_mask_and_probability_have_the_photographs_size(model, photo, tmp_path):
     assert not np.array_equal(predict(model, photo, "sky")[1], probability)
 
 
-def test_a_checkpoint_gives_the_same_prediction(model, photo, tmp_path):
-    settings = config.load(None, ["model.image_size=64", "model.backbone=resnet18", "model.layers=1", "model.dim=64"])
-    checkpoint.save(
-        tmp_path,
-        1,
-        model=model,
-        aligner=torch.nn.Linear(1, 1),
-        optimizer={},
-        ranks=[],
-        state={},
-        config=config.to_yaml(settings),
-        keep=1,
-        best_step=1,
-    )
-    loaded = load_model(tmp_path)
+def test_a_checkpoint_gives_the_same_prediction(model, folder, photo, tmp_path):
+    loaded = load_model(folder)
     assert not loaded.training
     assert np.array_equal(predict(loaded, photo, "the dog")[1], predict(model, photo, "the dog")[1])
     with pytest.raises(checkpoint.CheckpointError, match="not a complete checkpoint"):
         load_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_the_map_lies_where_the_photograph_does(folder, photo, monkeypatch, resize):
+    """A map that is the column of its cell, over the photograph's own width, padding cut off."""
+    loaded = load_model(folder)
+    loaded.resize = resize
+    aligner = load_aligner(folder, loaded)
+    mask, similarity = predict_with_map(loaded, aligner, photo, "the red dog")
+    assert np.array_equal(mask, predict(loaded, photo, "the red dog")[0])
+    assert similarity.shape == (50, 70) and similarity.dtype == np.float32
+    cells = torch.arange(4.0).expand(1, 4, 4).mT  # the row of each cell of 16 pixels
+    monkeypatch.setattr(aligner, "similarity", lambda _: cells)
+    _, similarity = predict_with_map(loaded, aligner, photo, "the red dog")
+    inside = place(50, 70, 64, resize)
+    rows = (np.arange(50) + 0.5) * inside.height / 50 + inside.top  # of the square
+    assert np.allclose(similarity, np.clip(rows / 16 - 0.5, 0, 3)[:, None], atol=0.05)
 
 
 def test_photographs_are_turned_upright_and_converted(photo, tmp_path):
@@ -93,3 +123,99 @@ def test_saved_mask_and_overlay(photo, tmp_path):
     ).mean()
     with pytest.raises(ValueError, match=r"expected \[50, 70\]"):
         overlay(photo, mask.T)
+
+
+def test_the_map_is_drawn_from_its_least_to_its_greatest_value(photo, tmp_path):
+    similarity = np.linspace(-0.2, 0.6, 70, dtype=np.float32)[None].repeat(50, 0)
+    save_map(tmp_path / "map.png", photo, similarity, "a dog")
+    with Image.open(tmp_path / "map.png") as saved:
+        pixels = np.asarray(saved)[:50].astype(float)
+    assert pixels[:, -9:, :2].mean() > pixels[:, :9, :2].mean() + 80  # yellow against violet
+    save_map(tmp_path / "flat.png", photo, np.zeros_like(similarity))
+    with pytest.raises(ValueError, match=r"similarity: expected \[50, 70\]"):
+        save_map(tmp_path / "no.png", photo, similarity.T)
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(photo, tmp_path, monkeypatch):
+    def full(self, path, **options):
+        path.write_bytes(b"\x89PNG")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_mask(tmp_path / "mask.png", np.zeros((5, 5), bool))
+    assert not list(tmp_path.iterdir())
+
+
+# `aml predict`
+
+
+def run(capsys, *words):
+    code = cli.main(["predict", *map(str, words)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def photos(photo, tmp_path):
+    """Two photographs of one name in two folders, one of them beside a text file and a damaged image."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        photo.rotate(180 * (name == "b")).save(tmp_path / name / "dog.png")
+    (tmp_path / "b/notes.txt").write_text("no photo")
+    (tmp_path / "b/broken.jpg").write_text("no photo either")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_folders_and_files_in_one_call(folder, photos, tmp_path, capsys, monkeypatch):
+    from aml import predict as module
+
+    loads = []
+    monkeypatch.setattr(module, "load_model", lambda *args: loads.append(args) or load_model(*args))
+    out = tmp_path / "out"
+    code, said, error = run(capsys, photos[0], photos[1], photos[0] / "dog.png", "a dog", "--checkpoint", folder,
+                            "--out", out)  # fmt: skip
+    assert code == 1 and len(loads) == 1
+    assert "broken.jpg is not an image" in error and "1 of 3 photos were not read" in error
+    names = [f"{stem}-{part}.png" for stem in ("dog", "dog-2") for part in ("map", "mask", "overlay")]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    for path, stem in ((photos[0], "dog"), (photos[1], "dog-2")):
+        with Image.open(out / f"{stem}-mask.png") as saved:
+            expected = predict(load_model(folder), path / "dog.png", "a dog")[0]
+            assert np.array_equal(np.asarray(saved) > 0, expected)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert run(capsys, photos[0] / "dog.png", "another", "--checkpoint", folder, "--out", out)[0] == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (out / "dog-3-mask.png").exists()
+
+
+def test_sentences_are_asked_for_until_an_empty_one(folder, photos, tmp_path, capsys, monkeypatch):
+    answers = iter(["the dog", "  the sky ", "", "never asked"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    photos = [path / "dog.png" for path in photos]
+    code, said, _ = run(capsys, *photos, "--interactive", "--checkpoint", folder, "--out", tmp_path / "out")
+    assert code == 0 and next(answers) == "never asked"
+    assert [said.count(f"dog.png: {sentence!r}") for sentence in ("the dog", "the sky")] == [2, 2]
+    assert len(list((tmp_path / "out").iterdir())) == 4 * 3
+
+    def closed(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", closed)
+    assert run(capsys, photos[0], "--interactive", "--checkpoint", folder, "--out", tmp_path / "none")[0] == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_mistakes_of_predict(folder, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        ([photos[0]], "expected photos and a sentence, or --interactive"),
+        ([tmp_path / "empty", "a dog"], "holds no photos (.bmp, "),
+        ([tmp_path / "nowhere.png", "a dog"], "no such photo or folder"),
+        ([photos[1] / "broken.jpg", "a dog"], "is not an image that can be read"),
+        ([photos[0], " "], "expected words that describe one object"),
+    ):
+        code, _, error = run(capsys, *words, "--checkpoint", folder, "--out", tmp_path / "out")
+        assert code == 2 and said in error
+    assert not (tmp_path / "out").exists()

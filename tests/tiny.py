@@ -70,7 +70,9 @@ def start(function, *arguments):
     return process
 
 
-def train(words: list[str]) -> None:
+def train(words: list[str], moment: int | None = None) -> None:
+    """words: of `aml train`. moment: at which the process dies, see `dying.die_at`."""
+    import dying
     import torch
 
     from aml import cli
@@ -78,26 +80,41 @@ def train(words: list[str]) -> None:
     os.setsid()  # a process group of its own, to be signalled as a whole, with the loader's processes in it
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
+    if moment is not None:
+        dying.die_at(moment)
     raise SystemExit(cli.main(["train", *words]))
 
 
-def train_as_rank(rank: int, rendezvous: str, jobs: list[tuple[list[str], int | None, bool]]) -> None:
-    """One of two processes. jobs: (settings, step at which to stop or None, whether to resume)."""
+def join_ranks(rank: int, rendezvous: str, seconds: float = 60) -> None:
+    """Make this process one of two. seconds: how long it waits for the other one."""
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    import torch
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=seconds)
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timeout)
+
+
+def train_as_rank(
+    rank: int, rendezvous: str, jobs: list[tuple[list[str], int | None, bool]], moment: int | None = None
+) -> None:
+    """One of two processes. jobs: (settings, step at which to stop or None, whether to resume).
+
+    moment: at which this process dies, see `dying.die_at`.
+    """
+    join_ranks(rank, rendezvous)
+    import dying
     import torch
 
     from aml import training
     from aml.config import load
     from aml.errors import Stopped
 
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timeout
-    )
+    if moment is not None:
+        dying.die_at(moment)
     for words, stop, resume in jobs:
-        training._Trainer._agreed = lambda self, _, stop=stop: signal.SIGTERM * (self.progress.step == stop)
+        training._Trainer._agreed = lambda self, _, stop=stop: signal.SIGTERM * (self.state.progress.step == stop)
         try:
             training.train(load(None, words), resume=resume)
             assert stop is None

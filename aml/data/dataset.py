@@ -4,7 +4,9 @@ Everything random here is a pure function of (seed, epoch, index): no sampler or
 run that is resumed, or has another number of workers, sees the same samples.
 """
 
+import copy
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from aml.data.pixels import RESIZES, Box, crop_around, jitter_colours, padded, place, resized_image, resized_mask
 from aml.data.refer import Expression
 from aml.data.union import Annotations
+from aml.perturbations import perturbed
 
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 
@@ -85,10 +88,23 @@ class RISDataset(Dataset):
         self._std = np.asarray(std, np.float32).reshape(3, 1, 1)
         positions = range(len(self.expressions))
         self._sentences_of_item = self._positions_by_ref() if train else [[i] for i in positions]
+        self.perturb: tuple[str, int] | None = None
         self._last_photo: tuple[Any, ...] = (None,)
 
     def __len__(self) -> int:
         return len(self._sentences_of_item)
+
+    def disturbed(self, perturb: tuple[str, int] | None) -> "RISDataset":
+        """The same sentences about disturbed photographs; evaluation only.
+
+        perturb: (kind, severity) of `aml.perturbations`, or None. A photograph is disturbed at its own size, drawn by
+        its id, so it is the same for all sentences, and for models of any input size.
+        """
+        if perturb is not None and self.train:
+            raise ValueError(f"perturb={perturb!r}: only for evaluation; expected None with train=True")
+        other = copy.copy(self)
+        other.perturb, other._last_photo = perturb, (None,)
+        return other
 
     @property
     def sample_ids(self) -> list[str]:
@@ -126,6 +142,8 @@ class RISDataset(Dataset):
         # The sentences of one object follow each other: its picture is read once, three times as fast in all.
         if self._last_photo[0] != expression.ref_key:
             image = self._open_image(expression)
+            if self.perturb is not None:
+                image = perturbed(image, *self.perturb, seed=zlib.crc32(str(expression.image_id).encode()))
             mask = self.refer.mask(expression)
             square = self._square(image, mask, Box(0, 0, image.width, image.height))
             self._last_photo = (expression.ref_key, square | {"full_target": torch.from_numpy(mask)})

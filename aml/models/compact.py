@@ -141,7 +141,7 @@ class FusionDecoder(nn.Module):
         self.reduce = nn.Conv2d(dim, fine, 1)
         self.film4 = Film(dim, fine)
         self.query = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, fine))
-        self.bias = nn.Parameter(torch.tensor(-2.0))  # most pixels are background
+        self.bias = nn.Parameter(torch.tensor([-2.0]))  # most pixels are background
 
     def forward(self, maps: list[Tensor], words: Tensor, text_mask: Tensor) -> Tensor:
         map4, map8, map16, map32 = maps

@@ -12,8 +12,9 @@ from .tensors import FLOATS, as_bytes, check, extent, index_type
 # few enough that a thread holds what it needs for the norms. More words than 32 take more rounds over the pixels, which
 # are in the cache by then. The next channels are on their way while these are multiplied.
 PIXELS, WORDS, CHANNELS, WARPS = 64, 32, 32, 8
-if INTERPRETED:  # whose time goes by operations, not by their size
-    PIXELS, CHANNELS = 256, 512
+# Tensor cores would round fp32. Where either side has it, threads multiply, and hold their operands in registers: of
+# fewer channels, and with other programs to hide the latency instead of loads ahead.
+CHANNELS_FP32 = 16
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # vectors shorter than 1e-12 have no direction
 
 
@@ -98,9 +99,12 @@ def features(
         visual, *strides, text, *text.stride(),
         *((None, 0, 0) if text_mask is None else (as_bytes(text_mask), *text_mask.stride())), channels, pixels, words,
     )
+    tensor_cores = visual.dtype == text.dtype != torch.float32
     largest = (channels - 1) * strides[1] + (pixels - 1) * strides[2]
     return arguments, samples, pixels, {
-        "NORMALIZE": normalize, "PIXELS": PIXELS, "WORDS": WORDS, "CHANNELS": CHANNELS,
-        "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS, "num_stages": 2,
+        "NORMALIZE": normalize, "PIXELS": PIXELS, "WORDS": WORDS,
+        "CHANNELS": CHANNELS if tensor_cores else CHANNELS_FP32,
+        "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS,
+        "num_stages": 2 if tensor_cores else 1,
         "enable_fp_fusion": False,
     }

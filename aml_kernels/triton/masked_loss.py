@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import quantile as quantiles
-from .arithmetic import INTERPRETED, widen
+from .arithmetic import widen
 from .loss import cross_entropy, kept, load_logits, sigmoid
 from .masked_loss_backward import masked_loss_backward
-from .quantile import select_quantile
 from .resize import coordinates, load_plane
+from .selection import select_quantile
 from .tensors import as_bytes, check_limit, check_loss, loss_index_type, plane
 
 __all__ = ["masked_loss", "masked_loss_backward"]
@@ -19,18 +19,17 @@ __all__ = ["masked_loss", "masked_loss_backward"]
 # from the cache, four to a pixel; 4 pixels to a thread leave room in its registers for that. 32 rows to a program are
 # work enough to pay for its coordinates of columns and its final sums, and leave several programs to a multiprocessor.
 TILE_ROWS, RESIZED_TILE_ROWS, TILE_COLUMNS, PROGRAM_ROWS, WARPS = 8, 4, 128, 32, 4
-if INTERPRETED:  # whose time goes by operations, not by their size
-    TILE_ROWS, RESIZED_TILE_ROWS, PROGRAM_ROWS = 32, 32, 128
 RUN = 4  # pixels in one thread that are added up before they are added to what it keeps
 PARTIALS = 128  # that the last program of a sample adds up at a time
 MEAN, SUM, NONE = (tl.constexpr(i) for i in range(3))
 SUMS, COUNTS = 7, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def limits_kernel(
     similarity, sample_stride, stride, map_valid, valid_sample_stride, valid_stride, count, quantile, thresholds,
-    thresholds_stride, threshold, out, out_stride, tickets, RANK_IN_FP64: tl.constexpr, BLOCK: tl.constexpr,
+    thresholds_stride, threshold, found, room, out, out_stride, tickets, RANK_IN_FP64: tl.constexpr,
+    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The threshold of a sample into `out`; and tickets for the programs of the next launch."""
     sample = tl.program_id(0)
@@ -39,8 +38,12 @@ def limits_kernel(
         values, valid = similarity + wide * sample_stride, map_valid
         if map_valid is not None:
             valid = map_valid + wide * valid_sample_stride
+        if found is not None:
+            found += wide * room
         q = tl.full((), quantile, tl.float32)
-        limit = select_quantile(values, stride, valid, valid_stride, count, q, 0, RANK_IN_FP64, BLOCK)
+        limit = select_quantile(
+            values, stride, valid, valid_stride, count, q, found, room, 0, RANK_IN_FP64, SAMPLE, BLOCK,
+        )
     elif thresholds is not None:
         limit = tl.load(thresholds + wide * thresholds_stride)
     elif threshold is not None:
@@ -225,18 +228,21 @@ def masked_loss(
 
 
 def launch_limits(similarity, map_valid, thresholds, threshold, quantile, rank_in_fp64, out, tickets) -> None:
-    """The samples' thresholds into `out [B]`. A map that cannot be seen as `[B, N]` is copied once."""
-    samples, values, valid = len(out), similarity, None
+    """The samples' thresholds into `out [B]`. A map that cannot be seen as `[B, N]` is copied once.
+
+    One program selects from a sample's map however large that is, since several would need more launches: in the time
+    that one of them spends on a cell of a large map (see quantile.DIRECT), the whole GPU reads some 400 bytes, and to
+    compute that cell's similarity it has read 2 bytes from each of hundreds of channels.
+    """
+    samples, values, valid, found, room = len(out), None, None, None, 0
     if quantile is not None:
         values = similarity.reshape(samples, -1)
         valid = None if map_valid is None else as_bytes(map_valid).reshape(samples, -1)
-        if values.shape[1] > quantiles.ONE_PROGRAM:
-            thresholds = quantiles.sample_quantile(values, quantile, None, valid, 0, rank_in_fp64)
-            quantile = None
+        found, room = quantiles.room_for_keys(values)
     limits_kernel[(samples,)](
-        *((None, 0, 0) if quantile is None else (values, *values.stride())),
-        *((None, 0, 0) if quantile is None or valid is None else (valid, *valid.stride())),
-        0 if quantile is None else values.shape[1], quantile, thresholds,
-        0 if thresholds is None else thresholds.stride(0), threshold, out, out.stride(0), tickets,
-        RANK_IN_FP64=rank_in_fp64, BLOCK=quantiles.BLOCK, num_warps=quantiles.WARPS, enable_fp_fusion=False,
+        *((None, 0, 0) if values is None else (values, *values.stride())),
+        *((None, 0, 0) if valid is None else (valid, *valid.stride())), 0 if values is None else values.shape[1],
+        quantile, thresholds, 0 if thresholds is None else thresholds.stride(0), threshold, found, room, out,
+        out.stride(0), tickets, RANK_IN_FP64=rank_in_fp64, SAMPLE=quantiles.SAMPLE, BLOCK=quantiles.BLOCK,
+        num_warps=quantiles.WARPS, enable_fp_fusion=False,
     )

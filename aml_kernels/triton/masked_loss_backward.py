@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import INTERPRETED, narrow, widen
+from .arithmetic import narrow, widen
 from .loss import kept, load_logits, loss_gradient, pixel_gradient
 from .resize import coordinates, load_plane
 from .tensors import check, check_loss, loss_index_type, plane
@@ -17,8 +17,6 @@ TILE_ROWS, TILE_COLUMNS, TILES, WARPS = 8, 128, 4, 4
 # Logits of another size: a program has up to 16 x 32 of them, and goes through the target's pixels that they were
 # blended into 16 x 32 at a time, 4 to a thread; both are operands of matrix products, which want multiples of 16.
 CELL_ROWS, CELL_COLUMNS, PIXEL_ROWS, PIXEL_COLUMNS = 16, 32, 16, 32
-if INTERPRETED:  # whose time goes by operations, not by their size
-    TILE_ROWS, PIXEL_ROWS, PIXEL_COLUMNS = 32, 64, 64
 PROGRAM_ROWS = TILE_ROWS * TILES
 LARGEST_WINDOW = 192  # pixels in a direction that a program may go through: else there are few programs
 SUMS = 7

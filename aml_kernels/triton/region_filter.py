@@ -6,16 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import quantile as quantiles
-from .arithmetic import INTERPRETED, narrow, widen
+from .arithmetic import narrow, widen
 from .masked_loss import launch_limits
-from .quantile import count_digits, descend, ordered_key
 from .resize import coordinates, load_plane, load_resized
+from .selection import count_digits, descend, ordered_key
 from .tensors import FLOATS, as_bytes, check, check_limit, loss_index_type, plane
 
-# 8 rows of 128 pixels, 8 pixels to a thread; where blocks are looked at, 128 columns of as many blocks as fit.
-TILE_ROWS, TILE_COLUMNS, WARPS = 8, 128, 4
-if INTERPRETED:  # whose time goes by operations, not by their size
-    TILE_ROWS = 64
+# 8 rows of 128 pixels, 8 pixels to a thread; where blocks are looked at, 128 columns of as many blocks as fit, and
+# 4 pixels to a thread, so that what it takes to resize the map stays in registers.
+TILE_ROWS, WEAK_TILE_ROWS, TILE_COLUMNS, WARPS = 8, 4, 128, 4
 FILLS = 4  # channels that are copied in one launch: their colour travels with it, since copying a list would wait
 
 
@@ -86,7 +85,7 @@ def weak_kernel(
     tl.store(keys + place, key, mask=column < block_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def choose_kernel(weak, keys, blocks, drop_ratio, dropped, BLOCK: tl.constexpr):
     """Of a sample's n weak blocks marks round(drop_ratio * n): those with the smallest keys, the first of equals."""
     offset = tl.program_id(0).to(tl.int64) * blocks
@@ -162,7 +161,7 @@ def filter_regions(
         weak_kernel[(samples * block_rows * triton.cdiv(block_columns, TILE_COLUMNS // span),)](
             *plane(similarity), *plane(protect)[:4], rows, columns, block_size, limits, seed, weak, keys,
             RESIZED=similarity.shape[1:] != image.shape[2:], BLOCKS=TILE_COLUMNS // span, SPAN=span,
-            TILE_ROWS=TILE_ROWS, INDEX=index, num_warps=WARPS, enable_fp_fusion=False,
+            TILE_ROWS=WEAK_TILE_ROWS, INDEX=index, num_warps=WARPS, enable_fp_fusion=False,
         )
         choose_kernel[(samples,)](
             weak, keys, blocks, drop_ratio, as_bytes(dropped), BLOCK=quantiles.BLOCK, num_warps=quantiles.WARPS,
@@ -170,7 +169,7 @@ def filter_regions(
         )
         tiles = triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS)
         for first in range(0, channels, FILLS):
-            fills = (*fill[first : first + FILLS], 0.0, 0.0, 0.0)[:FILLS]
+            fills = (*map(float, fill[first : first + FILLS]), 0.0, 0.0, 0.0)[:FILLS]
             copy_kernel[(samples * tiles,)](
                 image, *image.stride(), channels, rows, columns, as_bytes(dropped), block_size, *fills, first,
                 min(first + FILLS, channels), out, TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, INDEX=index,

@@ -11,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import INTERPRETED, narrow, widen
+from .arithmetic import narrow, widen
 from .features import PIXELS, WORDS, cosines, features, inverse_norm, real_words
 from .tensors import check
 
 CHANNELS, WARPS = 32, 4  # of a tile of either gradient: 8 or 16 values to a thread
 SHARE, STEP = 512, 32  # pixels whose part of the words' gradient a program adds up, and how many at a time
-if INTERPRETED:  # whose time goes by operations, not by their size
-    CHANNELS, STEP = 256, 256
 
 
 @triton.jit(do_not_specialize=["words"])

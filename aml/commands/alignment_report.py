@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from aml.alignment_tables import markdown
+from aml.commands.options import count
 
+ABOUT = "Measure which similarity maps point at the target."
+TAKES_SETTINGS = True
 TRAIN_SCENES, VAL_SCENES, SCENE_SIZE = 200, 60, 192
 EPILOG = """\
 examples:
@@ -35,17 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help="a run directory or checkpoint: its model and its own map")
     parser.add_argument("--split", default="val", help="default: val")
     parser.add_argument("--train-split", default="train", help="what the trained pair learns from; default: train")
-    parser.add_argument("--steps", type=_count, default=100, help="of training the pair; 0: none; default: 100")
+    parser.add_argument("--steps", type=count, default=100, help="of training the pair; 0: none; default: 100")
     parser.add_argument("--lr", type=float, default=3e-3, help="of the pair; falls to 0; default: 3e-3")
-    parser.add_argument("--seeds", type=_count, default=3, help="of the untrained projections; default: 3")
-    parser.add_argument("--sentences", type=_count, default=400, help="at most, spread over the split; default: 400")
-    parser.add_argument("--pictures", type=_count, default=4, help="sentences in maps.png; default: 4")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
-    return int(text)
+    parser.add_argument("--seeds", type=count, default=3, help="of the untrained projections; default: 3")
+    parser.add_argument("--sentences", type=count, default=400, help="at most, spread over the split; default: 400")
+    parser.add_argument("--pictures", type=count, default=4, help="sentences in maps.png; default: 4")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
         maps |= alignment_maps.trained_maps(model, lessons, dim=settings.alignment.dim, **training)
     maps |= alignment_maps.untrained_maps(model, max(options.seeds, 1), device)
 
-    count = min(options.sentences or len(dataset), len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)]
+    sentences = min(options.sentences or len(dataset), len(dataset))
+    indices = [i * len(dataset) // sentences for i in range(sentences)]
     measuring: dict[str, Any] = {"batch_size": batch_size, "device": device}
     records = alignment_maps.measure(model, dataset, maps, indices=indices, **measuring)
     results = {
@@ -108,8 +105,8 @@ def run(options: argparse.Namespace) -> int:
     (out / "report.md").write_text(text, encoding="utf-8")
     alignment_figures.draw_scores(out / "scores.png", results)
     if options.pictures:
-        step = max(count // options.pictures, 1)
-        shown = [indices[i] for i in range(step // 2, count, step)][: options.pictures]
+        step = max(sentences // options.pictures, 1)
+        shown = [indices[i] for i in range(step // 2, sentences, step)][: options.pictures]
         alignment_figures.draw_maps(out / "maps.png", model, dataset, maps, shown, device)
     print(text.split("\n## ")[0].strip())
     print(f"\nwrote {out / 'report.md'}")

@@ -1,0 +1,55 @@
+"""Processes, devices and mixed precision, which are Accelerate's, with what it lets pass refused."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from aml.config import Config, ConfigError
+
+# A rank that has not answered for so long ends the run with an error. Longer than any one thing that a rank does while
+# the others wait, such as writing a checkpoint.
+PATIENCE = datetime.timedelta(minutes=10)
+
+
+def open_accelerator(config: Config) -> accelerate.Accelerator:
+    """Joins the process group, where `torchrun` or `accelerate launch` has made one. Collective.
+
+    Raises ConfigError for settings that this machine or FSDP cannot have, RuntimeError where Accelerate would go on
+    otherwise than it was asked to.
+    """
+    has_device = torch.accelerator.is_available()
+    if config.train.precision == "fp16" and not has_device:
+        raise ConfigError(["train.precision=fp16: takes a GPU; give bf16 or no"])
+    AcceleratorState._reset_state()  # or a second run in this process could not have another precision
+    made = accelerate.Accelerator(
+        cpu=not has_device,  # untold, it takes CPU processes for separate runs
+        mixed_precision=config.train.precision,
+        gradient_accumulation_steps=config.train.accumulate,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if made.num_processes != launched:
+        raise RuntimeError(f"WORLD_SIZE={launched}, but Accelerate sees {made.num_processes} process(es)")
+    if made.distributed_type == DistributedType.FSDP:
+        _prepare_fsdp(made, config)
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise RuntimeError(
+            f"FSDP was asked for, but Accelerate takes it for several GPUs only, and sees {made.num_processes} "
+            f"process(es) on {made.device.type}: launch without --use_fsdp"
+        )
+    return made
+
+
+def _prepare_fsdp(accelerator: accelerate.Accelerator, config: Config) -> None:
+    if not accelerator.is_fsdp2:
+        raise RuntimeError("FSDP version 1 is not supported: launch with --fsdp_version 2")
+    if config.train.ema is not None:
+        raise ConfigError(["train.ema: not with FSDP, which divides the weights; launch without --use_fsdp"])
+    # Every rank makes the same weights from the seed; reading them on rank 0 alone would only add a way to fail.
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False

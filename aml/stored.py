@@ -1,0 +1,100 @@
+"""Evaluations on the disk: metrics, one record per sentence, and what they are of.
+
+    <run>/evaluations/step-00000123/refcoco-unc-val.json         of a checkpoint of a run
+    <converted checkpoint>/evaluations/refcoco-unc-val.json      of any other
+                                      /refcoco-unc-val.csv       the records, for a spreadsheet
+
+Needs no torch, so `aml compare` starts at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from aml.files import finite, write_whole
+from aml.metrics import iou
+
+FORMAT = 1
+Evaluation = dict[str, Any]
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """Where the evaluations of a checkpoint lie; not in its own folder, which goes when newer ones come."""
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent / "evaluations" / checkpoint.name
+    return checkpoint / "evaluations"
+
+
+def name_of(dataset: str, split: str, perturb: Any = None) -> str:
+    """File name without suffix: "refcoco-unc-val", "refcoco-unc-val-noise-3"."""
+    parts = [re.sub(r"[^\w+]+", "-", dataset).strip("-"), split, *(perturb or ())]
+    return "-".join(str(part) for part in parts)
+
+
+def save(folder: Path, evaluation: Evaluation, name: str | None = None) -> tuple[Path, Path]:
+    """Write an evaluation as JSON, a record per line, and its records as CSV; returns both paths."""
+    name = name or name_of(evaluation["dataset"], evaluation["split"], evaluation["perturb"])
+    head = {"aml_evaluation": FORMAT} | {key: value for key, value in evaluation.items() if key != "records"}
+    records = ",\n".join(json.dumps(finite(record)) for record in evaluation["records"])
+    text = json.dumps(finite(head), indent=1).removesuffix("\n}") + f',\n "records": [\n{records}\n]}}\n'
+    paths = folder / f"{name}.json", folder / f"{name}.csv"
+    write_whole(paths[1], _csv(evaluation["records"]))
+    write_whole(paths[0], text)
+    return paths
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    rows = [{**record, "IoU": iou(record), "full_IoU": iou(record, "full_")} for record in records]
+    first = ["sample_id", "image", "sentence", "no_target", "IoU", "full_IoU"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*first, *(name for name in rows[0] if name not in first)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def load(path: Path) -> Evaluation:
+    """Raises ValueError, naming the file, where it is no evaluation of this format."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("aml_evaluation") != FORMAT:
+        raise ValueError(f"{path} is no evaluation of format {FORMAT}: make it anew by  aml eval")
+    return value
+
+
+def find(path: Path, split: str) -> Path:
+    """The stored evaluation of a run directory, of one of its checkpoints, or of a converted checkpoint.
+
+    Of a run, that of its best checkpoint. An evaluation's own file is returned as it is.
+
+    Raises FileNotFoundError where there is none of this split, and ValueError where there are several.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such run directory or file")
+    checkpoint = path
+    if (path / "checkpoints").is_dir():
+        pointers = [path / "checkpoints" / name for name in ("best", "last")]
+        there = [pointer for pointer in pointers if pointer.is_file()]
+        if there:
+            checkpoint = path / "checkpoints" / there[0].read_text(encoding="utf-8").strip()
+    folder = folder_of(checkpoint)
+    files = sorted(folder.glob("*.json"))
+    found = [file for file in files if file.stem.endswith(f"-{split}")]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(file.stem for file in found or files) or "nothing"
+    if found:
+        raise ValueError(f"{folder} holds several evaluations of split {split!r} ({names}): give the files themselves")
+    raise FileNotFoundError(
+        f"no evaluation of split {split!r} in {folder}, which holds {names}; make it by\n"
+        f"  aml eval --checkpoint {path} --split {split}"
+    )

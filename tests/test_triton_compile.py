@@ -1,0 +1,68 @@
+"""The Triton kernels compiled for GPUs that are not there: machine code per architecture, and how many programs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import machine_code
+import pytest
+
+from aml_kernels import _backend
+
+HERE = Path(__file__).resolve().parent
+MISSING = _backend.TRITON_MISSING or (None if machine_code.tool("cuobjdump") else "needs cuobjdump")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What ahead_of_time.py says, without the interpreter and so in another process. Triton keeps what it compiled."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment.setdefault("TRITON_CACHE_DIR", str(HERE.parent / ".cache" / "triton"))
+    run = subprocess.run(
+        [sys.executable, str(HERE / "ahead_of_time.py"), "--representative", "--json"], capture_output=True, text=True,
+        env=environment, cwd=HERE.parent,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_nothing_is_wrong_with_the_machine_code(report):
+    """See ahead_of_time.faults for what that means."""
+    faults = [f"{row['call']}, {row['kernel']}, {row['target']}: {row['faults']}" for row in report["rows"]]
+    assert not [fault for fault, row in zip(faults, report["rows"], strict=True) if row["faults"]]
+
+
+def test_every_kernel_is_compiled_for_every_architecture(report):
+    sources = (HERE.parent / "aml_kernels" / "triton").glob("*.py")
+    kernels = {
+        (path.stem, name) for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
+    assert len(kernels) > 10
+    for target in machine_code.ARCHITECTURES:
+        assert {(row["module"], row["kernel"]) for row in report["rows"] if row["target"] == target} == kernels, target
+
+
+def test_the_fused_loss_is_compiled_for_amd(report):
+    assert len([row for row in report["rows"] if row["target"] == "gfx942"]) == 4
+
+
+def test_faults_are_found(report):
+    """Kernels made to have them."""
+    found = {row["kernel"]: row["faults"] for row in report["planted"]}
+    words = {
+        "doubles_kernel": "fp64", "spilling_kernel": "spilled", "narrow_kernel": "128-bit", "rounding_kernel": "TF32",
+    }
+    assert set(found) == set(words)
+    for kernel, word in words.items():
+        assert word in " ".join(found[kernel]), f"{kernel}: {found[kernel]}"
+
+
+def test_no_program_is_compiled_for_a_batch(report):
+    """Calls that differ by batch size, by numbers, or by sizes without a common factor, run the same programs."""
+    assert len(report["alike"]) > 3
+    for name, differing in report["alike"].items():
+        assert not differing, f"{name}: compiled again: {differing}"
