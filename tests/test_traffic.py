@@ -15,6 +15,7 @@ class Expected(NamedTuple):
     launches: list[str]
     once: set[str]  #: inputs that are read once, and no byte twice
     most: float  #: bytes in all, of the least
+    moved: float = 1.05  #: different bytes, of the least
 
 
 SAME, QUARTER = "`aml_loss`, logits of the target's size", "`aml_loss`, logits at a quarter"
@@ -26,9 +27,9 @@ EXPECTED = {
     "`masked_loss`, forward": Expected(["masked_loss_forward"], {"logits", "target"}, 2.0),
     "`masked_loss`, backward": Expected(["masked_loss_backward_pixels"], {"logits", "target"}, 1.6),
     "`pixel_text_similarity`, forward": Expected(["similarity_forward"], {"visual"}, 1.3),
-    "`pixel_text_similarity`, backward": Expected(["similarity_coefficients", "similarity_gradients"], set(), 2.6),
+    "`pixel_text_similarity`, backward": Expected(["similarity_coefficients", "similarity_gradients"], set(), 2.6, 1.4),
     "`sample_quantile`, short, forward": Expected(["quantile_by_block"], set(), 3.01),
-    "`sample_quantile`, long, forward": Expected(["quantile_by_team"], set(), 4.4),
+    "`sample_quantile`, long, forward": Expected(["quantile_by_team"], set(), 4.4, 1.4),
     "`filter_regions`, forward": Expected(["filter_image_regions"], {"image"}, 1.2),
 }
 
@@ -64,7 +65,7 @@ def test_results_are_written_once_and_completely(rows):
 
 def test_bytes_in_all(rows):
     for row in rows:
-        assert row.total <= EXPECTED[row.case].most, row.case
+        assert row.moved <= EXPECTED[row.case].moved and row.total <= EXPECTED[row.case].most, row
 
 
 def test_the_table_in_the_documentation_is_this(rows):

@@ -30,14 +30,15 @@ class Row(NamedTuple):
     complete: bool  #: every byte of the results is written
     own: float  #: what the kernels write and read again themselves, as a share of `least`
     least: int  #: bytes of the inputs and the results: each once
+    moved: float  #: different bytes read and different bytes written, as a multiple of `least`: where caches hold all
     total: float  #: all bytes read and written, as a multiple of `least`
 
 
 def row_of(case: str, last: dict) -> Row:
     schema = getattr(torch.ops.aml_kernels, last["operator"]).default._schema
-    read, sizes, moved, results, written, own, complete = {}, {}, 0, 0, 0, 0, True
-    for what, size, bytes_read, _, bytes_written, distinct_written in last["counts"]:
-        moved += bytes_read + bytes_written
+    read, sizes, moved, total, results, written, own, complete = {}, {}, 0, 0, 0, 0, 0, True
+    for what, size, bytes_read, distinct_read, bytes_written, distinct_written in last["counts"]:
+        moved, total = moved + distinct_read + distinct_written, total + bytes_read + bytes_written
         if isinstance(what, int):
             name = schema.arguments[last["owners"][what]].name
             read[name], sizes[name] = bytes_read / size, size
@@ -50,6 +51,7 @@ def row_of(case: str, last: dict) -> Row:
     read = {name: number for name, number in read.items() if sizes[name] >= least / 100}
     return Row(
         case, last["operator"], last["launches"], read, written / results, complete, own / least, least, moved / least,
+        total / least,
     )
 
 
@@ -127,11 +129,10 @@ def times(number: float) -> str:
 
 def table(measured: list[Row]) -> str:
     """Markdown: a row per operator and direction."""
-    lines = ["| operator | launches | inputs read, times | results written, times | own memory | in all |",
-             "|---|--:|---|--:|--:|--:|"]
+    lines = ["| operator | launches | inputs read, times | results written, times | own memory | moved | in all |",
+             "|---|--:|---|--:|--:|--:|--:|"]
     for row in measured:
         read = ", ".join(f"{name} {times(number)}" for name, number in row.read.items())
-        lines.append(
-            f"| {row.case} | {len(row.launches)} | {read} | {times(row.written)} | {row.own:.1%} | {row.total:.2f} |"
-        )
+        shares = f"{row.own:.1%} | {row.moved:.2f} | {row.total:.2f}"
+        lines.append(f"| {row.case} | {len(row.launches)} | {read} | {times(row.written)} | {shares} |")
     return "\n".join(lines)
