@@ -74,7 +74,7 @@ class Learner:
         """Forward and backward; with the last batch of an accumulated step also the update, and `gradient_norm`.
 
         Returns the loss's record. `skipped`, a tensor, then says whether the update was. Collective, and nothing in it
-        waits for the device.
+        waits for the device but what the model may do: the BERT of transformers looks at its mask, that of CARIS not.
         """
         if not self.statistics_before:
             self.statistics_before = [buffer.clone() for buffer in self.statistics]

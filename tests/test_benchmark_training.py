@@ -7,6 +7,7 @@ from pathlib import Path
 
 import golden
 import pytest
+from test_skips import AskedForNumbers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 bench = importlib.import_module("bench_training")
@@ -51,6 +52,17 @@ def test_the_strategies_do_what_they_are_named_after(monkeypatch, tmp_path):
     assert passes == {
         "none": one, "loss": one, "loss (gaussian)": one, "image": ["encode", *one], "released": [*one, "filtered"],
     }
+
+
+def test_a_step_of_caris_asks_the_device_for_nothing(tmp_path):
+    """So the host may queue the next step before this one is done. What `released` reproduces does ask."""
+    model = golden.tiny_caris(tmp_path)
+    asked = {}
+    for name, step in bench.make_steps(model, bench.make_batch(model, 2, "cpu"), bench.STRATEGIES, "cpu", "no"):
+        with AskedForNumbers() as mode:
+            step()
+        asked[name] = bool(mode.asked)
+    assert asked == {name: name == "released" for name in bench.STRATEGIES}
 
 
 def test_rows_are_stored_beside_those_of_other_cases(report, tmp_path):
