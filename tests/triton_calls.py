@@ -150,7 +150,7 @@ ALIKE = {
     "numbers of words": [fused(words=words) for words in (20, 1, 77)],
     "multiples of 64": [
         fused(size=(512, 512), cells=(32, 32)), fused(size=(320, 640), cells=(16, 48)),
-        fused(size=(192, 448), cells=(64, 120)),
+        fused(size=(192, 448), cells=(64, 112)),
     ],
     "odd sizes": [
         loss(logits=size, target=size, map_size=cells, batch=batch)

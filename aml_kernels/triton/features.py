@@ -15,6 +15,8 @@ PIXELS, WORDS, CHANNELS, WARPS = 64, 32, 32, 8
 # Tensor cores would round fp32. Where either side has it, threads multiply, and hold their operands in registers: of
 # fewer channels, and with other programs to hide the latency instead of loads ahead.
 CHANNELS_FP32 = 16
+# Two programs to a multiprocessor. Asked for, or the compiler spills a few registers to have room for three or four.
+REGISTERS = 128
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # vectors shorter than 1e-12 have no direction
 
 
@@ -105,6 +107,5 @@ def features(
         "NORMALIZE": normalize, "PIXELS": PIXELS, "WORDS": WORDS,
         "CHANNELS": CHANNELS if tensor_cores else CHANNELS_FP32,
         "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS,
-        "num_stages": 2 if tensor_cores else 1,
-        "enable_fp_fusion": False,
+        "num_stages": 2 if tensor_cores else 1, "maxnreg": REGISTERS, "enable_fp_fusion": False,
     }

@@ -26,8 +26,8 @@ BLOCK, WARPS = 1024, 4
 # select_quantile), which is a third of the work for a map of 120 x 120 and a tenth for one of 480 x 480.
 DIRECT, SAMPLE = 8192, 4096
 ROOM = 8  # memory for an eighth of the values, so that only many equal ones do not fit
-# A sample of more values than this, about 20 microseconds' worth, is divided among programs that each read SHARE
-# of them, which takes a launch per digit.
+# A sample of more values than this is divided among programs that each read SHARE of them, which takes a launch per
+# digit, and is worth that from about the pixels of an image on.
 ONE_PROGRAM, SHARE = 262144, 16384
 
 

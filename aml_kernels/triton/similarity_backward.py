@@ -37,7 +37,6 @@ def coefficients_kernel(
     padded = tl.cdiv(words, WORDS) * WORDS
     pixel = tile * PIXELS + tl.arange(0, PIXELS).to(INDEX)
     exists = pixel < pixels
-    incoming = scale * tl.load(grad + wide * grad_sample + pixel * grad_pixel, mask=exists, other=0.0)
     coefficients += wide * pixels * padded
     word_norms += (wide * tiles + tile) * padded  # of this program alone, for the second round
 
@@ -64,6 +63,7 @@ def coefficients_kernel(
         best = higher
 
     tl.debug_barrier()  # what follows reads what other threads have stored
+    incoming = scale * tl.load(grad + wide * grad_sample + pixel * grad_pixel, mask=exists, other=0.0)
     projection = tl.zeros((PIXELS,), tl.float32)
     for first in range(0, words, WORDS):
         word = first + tl.arange(0, WORDS).to(INDEX)
