@@ -122,12 +122,20 @@ class BuildExtension(cpp_extension.BuildExtension):
             super().build_extensions()
         except Exception as error:
             cuda = any(source.endswith(".cu") for source in self.extensions[0].sources)
-            if EXTENSION == "1" or (CUDA == "1" and cuda):
+            if (CUDA if cuda else EXTENSION) == "1":
                 raise
-            what = "a CUDA toolkit that fits, or set AML_KERNELS_CUDA=0," if cuda else "a C++17 compiler"
+            if cuda:
+                print(
+                    f"aml_kernels: the CUDA kernels could not be built ({error}); building without. AML_KERNELS_CUDA=1 "
+                    "makes this an error, AML_KERNELS_CUDA=0 does not try.",
+                    file=sys.stderr,
+                )
+                vars(self.extensions[0]).update(vars(extension(None)))
+                self.build_extensions()
+                return
             print(
                 f"aml_kernels: the extension could not be built ({error}).\nThe package works without it, slower. "
-                f"Install {what} and install again; AML_KERNELS_EXTENSION=1 makes this an error.",
+                "Install a C++17 compiler and install again; AML_KERNELS_EXTENSION=1 makes this an error.",
                 file=sys.stderr,
             )
             self.extensions = []
@@ -137,7 +145,7 @@ class BuildExtension(cpp_extension.BuildExtension):
             super().copy_extensions_to_source()
 
 
-def extension():
+def extension(toolkit):
     define = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     extension = cpp_extension.CppExtension(
         "aml_kernels._C",
@@ -154,24 +162,24 @@ def extension():
         extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
     )
     extension.libraries = ["c10", "torch_cpu"]
-    if TOOLKIT:
+    if toolkit:
         flags = architecture_flags()
         names = architecture_names(flags)
-        print(f"aml_kernels: building CUDA kernels for {', '.join(names)} with {TOOLKIT.home}", file=sys.stderr)
+        print(f"aml_kernels: building CUDA kernels for {', '.join(names)} with {toolkit.home}", file=sys.stderr)
         extension.sources += sorted(str(p.relative_to(HERE)) for p in HERE.glob("csrc/cuda/*.cu"))
         extension.extra_compile_args["cxx"].append(f'-DAML_CUDA_ARCHITECTURES="{" ".join(names)}"')
         extension.extra_compile_args["nvcc"] = [
             "-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA", *define, *flags, "-Xfatbin=-compress-all",
-            f"-Xcompiler=-fvisibility=hidden,-g0,-ffile-prefix-map={HERE}=.", f"-isystem={TOOLKIT.include}",
+            f"-Xcompiler=-fvisibility=hidden,-g0,-ffile-prefix-map={HERE}=.", f"-isystem={toolkit.include}",
         ]
         # The runtime inside the file: it then loads where PyTorch has none, or another one.
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
-        extension.library_dirs.append(str(TOOLKIT.library))
+        extension.library_dirs.append(str(toolkit.library))
     return extension
 
 
 setup(
-    ext_modules=[] if EXTENSION == "0" else [extension()],
+    ext_modules=[] if EXTENSION == "0" else [extension(TOOLKIT)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -97,6 +97,26 @@ def test_gpus_that_the_kernels_are_not_written_for_are_refused(toolkit):
     refused(run, "TORCH_CUDA_ARCH_LIST: expected 8.0 or newer", "AML_KERNELS_CUDA=0")
 
 
+@needs_cuda_in_torch
+def test_what_nvcc_cannot_compile_is_left_out(toolkit, tmp_path):
+    """Without AML_KERNELS_CUDA=1 the C++ part is built then: here by a compiler that writes empty files."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    compiler.chmod(0o755)
+    home = toolkit(f"{torch.version.cuda}")
+    folders = "--build-temp", tmp_path / "objects", "--build-lib", tmp_path / "built"
+    variables = {"CUDA_HOME": home, "CXX": compiler, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    run = setup("-q", "build_ext", *folders, **variables)
+    assert run.returncode == 0, run.stderr
+    assert "the CUDA kernels could not be built" in run.stderr and "AML_KERNELS_CUDA=1" in run.stderr
+    built, = (tmp_path / "built").rglob("*.so")
+    assert built.name.startswith("_C.")
+    objects = {path.name for path in (tmp_path / "objects").rglob("*.o")}
+    assert "library.o" in objects
+    refused_build = setup("-q", "build_ext", *folders, **variables, AML_KERNELS_CUDA="1")
+    assert refused_build.returncode != 0
+
+
 def test_a_source_distribution_holds_all_that_a_build_reads(tmp_path):
     run = setup("-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, AML_KERNELS_CUDA="0")
     assert run.returncode == 0, run.stderr

@@ -158,7 +158,7 @@ struct DeviceGuard {
 
 using AOTITorchError = int32_t;
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) (static_cast<void>(call))
+#define TORCH_ERROR_CODE_CHECK(call) (static_cast<void>(call))
 
 // ---- Operators by name.
 
