@@ -1,5 +1,7 @@
 """The operators inside PyTorch: opcheck, compile, export, checkpoint, autocast, derivatives of them and no more."""
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -105,6 +107,24 @@ def result_of(step, arguments):
     return [loss.detach(), *rest, *(leaf.grad for leaf in leaves)]
 
 
+@functools.cache
+def quantile_is_traced() -> bool:
+    """Older versions of torch.quantile look at the values of a tensor, which is not there while tracing."""
+    try:
+        torch.compile(lambda x: torch.quantile(x, 0.5), fullgraph=True, backend="eager")(torch.ones(3))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
+@pytest.fixture
+def traced(backend):
+    """The back ends that can be traced: all, where plain PyTorch can."""
+    if backend == "reference" and not quantile_is_traced():
+        pytest.skip("this PyTorch cannot trace torch.quantile")
+    return backend
+
+
 # "inductor" generates code; "aot_eager" does all but that, and is quick.
 @pytest.mark.parametrize(
     ("compiler", "dynamic"),
@@ -113,32 +133,32 @@ def result_of(step, arguments):
 # Sizes that happen to be equal in the first call need not be in the next.
 @torch.fx.experimental._config.patch(use_duck_shape=False)
 @torch._dynamo.config.patch(error_on_recompile=True)
-def test_compile(backend, compiler, dynamic):
-    if backend == "reference" and (compiler == "inductor" or dynamic):
+def test_compile(traced, compiler, dynamic):
+    if traced == "reference" and (compiler == "inductor" or dynamic):
         pytest.skip("takes half a minute; that plain PyTorch can be traced is shown by the static case and by export")
     torch._dynamo.reset()
     recorder = torch._dynamo.testing.CompileCounterWithBackend(compiler)
-    compiled = torch.compile(train_step(backend), fullgraph=True, dynamic=dynamic, backend=recorder)
+    compiled = torch.compile(train_step(traced), fullgraph=True, dynamic=dynamic, backend=recorder)
     for size, batch in (((5, 6), 2), ((7, 11), 3), ((10, 6), 5)) if dynamic else (((5, 6), 2),):
         arguments = arguments_of_step(size, batch)
-        actual, expected = result_of(compiled, arguments), result_of(train_step(backend), arguments)
+        actual, expected = result_of(compiled, arguments), result_of(train_step(traced), arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
-    if backend != "reference":
+    if traced != "reference":
         used = [str(node.target) for graph in recorder.graphs for node in graph.graph.nodes]
         for name in ("masked_loss", "aml_loss", "sample_quantile"):
             assert any(target.startswith(f"aml_kernels.{name}") for target in used), name
 
 
-def test_compiled_filter(backend):
+def test_compiled_filter(traced):
     torch._dynamo.reset()
     function = torch.compile(
-        lambda x, s: filter_regions(x, s, quantile=0.5, block_size=4, seed=3, backend=backend), fullgraph=True,
+        lambda x, s: filter_regions(x, s, quantile=0.5, block_size=4, seed=3, backend=traced), fullgraph=True,
         backend="aot_eager",
     )
     image, similarity = normal(0, 2, 3, 17, 19), normal(1, 2, 4, 5)
     for actual, expected in zip(
         function(image, similarity),
-        filter_regions(image, similarity, quantile=0.5, block_size=4, seed=3, backend=backend), strict=True,
+        filter_regions(image, similarity, quantile=0.5, block_size=4, seed=3, backend=traced), strict=True,
     ):
         assert same_bits(actual, expected)
 
@@ -153,19 +173,19 @@ class Loss(torch.nn.Module):
         return masked_loss(logits, target, similarity, quantile=0.3, backend=self.backend)
 
 
-def test_export(backend):
+def test_export(traced):
     def arguments(batch, height):
         return (normal(0, batch, height, 6), coin(1, batch, 2 * height, 12), *features(batch=batch))
 
     batch, height = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("height", min=2, max=512)
     shapes = ({0: batch, 1: height}, {0: batch, 1: 2 * height}, {0: batch}, {0: batch}, {0: batch})
-    program = torch.export.export(Loss(backend), arguments(2, 5), dynamic_shapes=shapes)
-    if backend != "reference":
+    program = torch.export.export(Loss(traced), arguments(2, 5), dynamic_shapes=shapes)
+    if traced != "reference":
         targets = [str(node.target) for node in program.graph.nodes]
         for name in ("masked_loss", "pixel_text_similarity"):
             assert any(target.startswith(f"aml_kernels.{name}") for target in targets), name
     for inputs in (arguments(2, 5), arguments(4, 9)):
-        torch.testing.assert_close(program.module()(*inputs), Loss(backend)(*inputs), rtol=1e-6, atol=0)
+        torch.testing.assert_close(program.module()(*inputs), Loss(traced)(*inputs), rtol=1e-6, atol=0)
 
 
 def test_checkpoint(backend):
