@@ -123,3 +123,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder for runs of seconds: rendered scenes in data/, a text encoder in encoder/. See tests/tiny.py."""
+    import tiny  # needs what `aml` needs, and the operators' tests do not
+
+    folder = tmp_path_factory.mktemp("place")
+    tiny.write_data(folder / "data")
+    tiny.write_text_encoder(folder / "encoder")
+    return folder

@@ -15,8 +15,7 @@ from aml_kernels import aml_loss, filter_regions, masked_loss, pixel_text_simila
 
 sys.path.insert(0, str(Path(__file__).with_name("emulation")))
 
-import builds  # noqa: E402
-from emulated import Emulated, in_place_of_triton  # noqa: E402
+from emulated import as_back_end  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = ("threshold", "kept", "kept_target", "intersection", "union")
@@ -31,12 +30,8 @@ def backend(request, conditions):
             request.getfixturevalue("interpreted")
         yield request.param
         return
-    if reason := builds.missing("plain"):
-        pytest.skip(reason)
-    emulated = Emulated("plain")
-    with in_place_of_triton(emulated) as name:
+    with as_back_end("plain") as name:
         yield name
-    emulated.close()
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,14 @@ def failing(capsys, *words: str) -> str:
     return said.err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"], ["train", "--help"], ["--version"],
+        ["data", "--help"], ["data", "check", "--help"], ["data", "stats", "--help"],
+    ],
+    ids=str,
+)
 def test_help_imports_nothing_heavy(words):
     """Its time is then that of Python itself: 0.2 to 0.3 s where this was written."""
     code = f"""
@@ -49,7 +56,7 @@ try:
     main({words!r})
 except SystemExit as stop:
     assert stop.code == 0
-heavy = {{"torch", "numpy", "transformers", "timm", "accelerate", "matplotlib", "PIL", "yaml"}}
+heavy = {{"torch", "numpy", "transformers", "timm", "accelerate", "matplotlib", "PIL", "yaml", "pycocotools", "tqdm"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

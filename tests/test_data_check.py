@@ -197,21 +197,6 @@ def test_one_data_set_may_be_chosen(tmp_path, capsys):
     assert code == 2 and "did you mean --quick?" in said
 
 
-@pytest.mark.parametrize("words", [["data", "--help"], ["data", "check", "--help"], ["data", "stats", "--help"]])
-def test_help_imports_nothing_heavy(words):
-    code = f"""
-import sys
-from aml.cli import main
-try:
-    main({words!r})
-except SystemExit as stop:
-    assert stop.code == 0
-heavy = {{"torch", "numpy", "matplotlib", "PIL", "yaml", "pycocotools", "tqdm"}}
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
 def test_check_and_convert_need_no_torch(tmp_path):
     code = f"""
 import sys

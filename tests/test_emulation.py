@@ -15,8 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).with_name("emulation")))
 
-import builds  # noqa: E402
-from emulated import Emulated, in_place_of_triton  # noqa: E402
+from emulated import as_back_end  # noqa: E402
 
 for module in (test_quantile, test_similarity, test_masked_loss, test_masking, test_aml_loss, test_region_filter):
     for name, function in list(vars(module).items()):
@@ -26,13 +25,9 @@ for module in (test_quantile, test_similarity, test_masked_loss, test_masking, t
 
 @pytest.fixture(scope="module", params=[pytest.param("triton", id="cuda")])
 def backend(conditions):
-    """The name under which the operators are called, see in_place_of_triton."""
-    if reason := builds.missing("plain"):
-        pytest.skip(reason)
-    emulated = Emulated("plain")
-    with in_place_of_triton(emulated) as name:
+    """The name under which the operators are called, see as_back_end."""
+    with as_back_end("plain") as name:
         yield name
-    emulated.close()
 
 
 @pytest.fixture(autouse=True)

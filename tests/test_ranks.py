@@ -35,14 +35,6 @@ SPREAD = ("train.steps=4", "train.log_every=8")  # whose checkpoint of step 3 te
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    tiny.write_data(folder / "data")
-    tiny.write_text_encoder(folder / "encoder")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def words(place):
     def make(name, *more):
         return tiny.settings(place / "data", place / "encoder", place / name, *ALIKE, *more)

@@ -25,14 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    tiny.write_data(folder / "data")
-    tiny.write_text_encoder(folder / "encoder")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def words(place):
     def make(out: Path, *more: str) -> list[str]:
         return tiny.settings(place / "data", place / "encoder", out, *SETTINGS, *more)

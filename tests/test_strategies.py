@@ -347,14 +347,6 @@ def test_released_step_of_the_tiny_caris(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("strategies")
-    tiny.write_data(folder / "data")
-    tiny.write_text_encoder(folder / "encoder")
-    return folder
-
-
 @pytest.mark.parametrize(
     "words",
     [

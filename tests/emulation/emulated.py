@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import builds
+import pytest
 import torch
 from torch import Tensor
 
@@ -155,3 +156,14 @@ def in_place_of_triton(emulated: Emulated):
     for operator, load in before.items():
         operator._load = load
     _backend.INTERPRETED, _backend.TRITON_MISSING = state
+
+
+@contextlib.contextmanager
+def as_back_end(mode: str):
+    """The name under which the public functions run the emulated kernels; skips the test where they cannot be built."""
+    if reason := builds.missing(mode):
+        pytest.skip(reason)
+    emulated = Emulated(mode)
+    with in_place_of_triton(emulated) as name:
+        yield name
+    emulated.close()
