@@ -1,8 +1,7 @@
 """Does leaving pixels out help? Many small runs that differ in one setting and in the seed, and a report of them.
 
     python benchmarks/experiments.py photographs --data DIR     # the strategies on data in the REFER layout
-    python benchmarks/experiments.py scenes                     # the strategies on rendered scenes
-    python benchmarks/experiments.py settings                   # on the same scenes, the method's settings in turn
+    python benchmarks/experiments.py scenes                     # the strategies and settings on rendered scenes
 
     runs/experiments/<name>/<variant>-<seed>/       ordinary runs of `aml train`, with their evaluations
     docs/experiments/<name>/report.md, *.png        what came out
@@ -46,9 +45,7 @@ STRATEGIES = {
     "image": ["alignment.strategy=image"],
     "image-gaussian": ["alignment.strategy=image", "alignment.projection=gaussian"],
 }
-SETTINGS = {
-    "none": ["alignment.strategy=none"],
-    "loss": ["alignment.strategy=loss"],
+SETTINGS = {  # of `loss`, one at a time
     "quantile-0.1": ["alignment.quantile=0.1"],
     "quantile-0.5": ["alignment.quantile=0.5"],
     "quantile-0.75": ["alignment.quantile=0.75"],
@@ -56,7 +53,6 @@ SETTINGS = {
     "warmup-0.5": ["alignment.warmup=0.5"],
     "unprotected": ["alignment.protect_target=false"],
     "unprotected-0.5": ["alignment.protect_target=false", "alignment.quantile=0.5"],
-    "gaussian": ["alignment.projection=gaussian"],
     "linear": ["alignment.projection=linear"],
     "random-0.5": ["alignment.strategy=random", "alignment.quantile=0.5"],
     "aux-1": ["alignment.aux_weight=1"],
@@ -88,13 +84,9 @@ EXPERIMENTS = {
         disturbed=("none", "random", "easiest", "loss", "image"),
     ),
     "scenes": Experiment(
-        "The strategies on rendered scenes.",
-        STRATEGIES, (*SMALL, "model.image_size=192", "train.steps=600"), "test",
+        "The strategies, and the settings of `loss` one at a time, on rendered scenes.",
+        STRATEGIES | SETTINGS, (*SMALL, "model.image_size=192", "train.steps=600"), "test",
         disturbed=("none", "random", "easiest", "loss", "image"),
-    ),
-    "settings": Experiment(
-        "The method's settings on rendered scenes, one at a time.",
-        SETTINGS, (*SMALL, "model.image_size=192", "train.steps=600"), "test",
     ),
 }  # fmt: skip
 
@@ -204,7 +196,6 @@ def robustness(runs: Sequence[Run], plan: Experiment) -> str:
             clean = results["conditions"]["clean"]["mIoU"]
             rows.append([run.variant, *(f"{100 * value:.1f}" for value in (clean, *values, fmean(values)))])
     return table(["", "clean", *(kind.replace("_", " ") for kind in KINDS), "mean of the disturbed"], rows)
-
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,10 +37,10 @@ LARGER = {
 @contextlib.contextmanager
 def larger_tiles():
     """For the common tests. The tests of Triton's own run what a GPU runs, with several tiles to a program."""
-    before = {}
-    for name, sizes in LARGER.items():
-        module = importlib.import_module(f"aml_kernels.triton.{name}")
-        before[module] = {size: getattr(module, size) for size in sizes}
+    # All are imported before one is changed: a module that is imported later would take over the changed sizes.
+    modules = {importlib.import_module(f"aml_kernels.triton.{name}"): sizes for name, sizes in LARGER.items()}
+    before = {module: {size: getattr(module, size) for size in sizes} for module, sizes in modules.items()}
+    for module, sizes in modules.items():
         vars(module).update(sizes)
     yield
     for module, sizes in before.items():
