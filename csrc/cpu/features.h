@@ -55,19 +55,6 @@ struct Tile {
 
 inline bool linear(const Plane& grid) { return grid.rows == 1 || grid.row_stride == grid.columns * grid.column_stride; }
 
-// Features of a tile can be read where they lie: T, next to each other, whole vectors.
-template <class T>
-inline bool in_place(const SimilarityCall<T>& call, int64_t count) {
-  return call.visual.type == native_type<T> && call.visual.column_stride == 1 && linear(call.visual) && count % kLanes<T> == 0;
-}
-
-// Pixels of the next tile of `left`: a full tile, or whole vectors, or what remains.
-template <class T>
-inline int64_t tile_count(const SimilarityCall<T>& call, int64_t left) {
-  const int64_t count = left < call.tile_pixels ? left : call.tile_pixels;
-  return count > kLanes<T> ? count / kLanes<T> * kLanes<T> : count;
-}
-
 // Copies channels [channel, channel + size) of pixels [first, first + count) to `buffer [size][tile_pixels]`, as T.
 template <class T>
 inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t channel, int64_t size, int64_t first,
@@ -98,42 +85,63 @@ inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t
     }
     return;
   }
-  for (int64_t c = 0; c < size; ++c) {
-    T* row = buffer + c * pixels;
-    for (int64_t i = 0; i < count;) {
-      const int64_t y = (first + i) / v.columns, x = (first + i) % v.columns;
-      const int64_t run = linear(v) || count - i < v.columns - x ? count - i : v.columns - x;
+  for (int64_t i = 0; i < count;) {  // a row of the grid, or all rows as if they were one
+    const int64_t columns = linear(v) ? v.rows * v.columns : v.columns, y = (first + i) / columns, x = (first + i) % columns;
+    const int64_t run = count - i < columns - x ? count - i : columns - x;
+    for (int64_t c = 0; c < size; ++c) {
       read(v.data, v.type, base + c * call.channel_stride + y * v.row_stride + x * v.column_stride, v.column_stride, run,
-           row + i);
-      i += run;
+           buffer + c * pixels + i);
     }
-    for (int64_t i = count; i % kLanes<T>; ++i) row[i] = 0;
+    i += run;
+  }
+  for (int64_t c = 0; c < size; ++c) {
+    for (int64_t i = count; i % kLanes<T>; ++i) buffer[c * pixels + i] = 0;
   }
 }
 
-// A block of channels of a tile: in place where it can be read there, else copied.
+// A block of channels of a tile. Whole strips are read where they lie if they are T, next to each other, and only the
+// pixels of the last strip are copied; else all are.
 template <class T>
-inline const T* block_features(const SimilarityCall<T>& call, int64_t sample, int64_t channel, int64_t size, int64_t first,
-                               int64_t count, const Tile<T>& tile, int64_t& stride) {
-  if (in_place(call, count)) {
-    stride = call.channel_stride;
-    return (const T*)call.visual.data + sample * call.visual.sample_stride + channel * stride + first;
+struct Block {
+  Block(const SimilarityCall<T>& call, int64_t sample, int64_t channel, int64_t size, int64_t first, int64_t count,
+        const Tile<T>& tile)
+      : features(tile.features), stride(tile.pixels), pixels(tile.used(count)), copies(tile.features), copies_stride(tile.pixels) {
+    const Plane& v = call.visual;
+    in_place = v.type == native_type<T> && v.column_stride == 1 && linear(v);
+    if (in_place) {
+      pixels = count / kLanes<T> * kLanes<T>;
+      features = (const T*)v.data + sample * v.sample_stride + channel * call.channel_stride + first;
+      stride = call.channel_stride;
+    }
+    const int64_t done = in_place ? pixels : 0;
+    if (done < count) copy_features(call, sample, channel, size, first + done, count - done, tile.features + done);
   }
-  stride = tile.pixels;
-  copy_features(call, sample, channel, size, first, count, tile.features);
-  return tile.features;
-}
 
-// <a, b> in fp64, in eight sums that do not wait for each other.
+  bool in_place;
+  const T* features;  // [channels][pixels], channels `stride` apart
+  int64_t stride, pixels;
+  const T* copies;  // of pixels beyond, at the same places
+  int64_t copies_stride;
+};
+
+// <a, b> in fp64, in sums that do not wait for each other.
 template <class T>
-inline double dot(const T* a, const T* b, int64_t b_stride, int64_t count) {
-  double sum[8] = {};
-  int64_t c = 0;
-  for (; c + 8 <= count; c += 8) {
-    for (int lane = 0; lane < 8; ++lane) sum[lane] += double(a[c + lane]) * double(b[(c + lane) * b_stride]);
+inline double dot(const T* a, const T* b, int64_t count) {
+  constexpr int64_t lanes = kLanes<double>;
+  typedef T Few __attribute__((vector_size(lanes * sizeof(T))));
+  Vector<double> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= count; i += 4 * lanes) {
+    for (int k = 0; k < 4; ++k) {
+      Few x, y;
+      __builtin_memcpy(&x, a + i + k * lanes, sizeof(x));
+      __builtin_memcpy(&y, b + i + k * lanes, sizeof(y));
+      sum[k] = multiply_add(__builtin_convertvector(x, Vector<double>), __builtin_convertvector(y, Vector<double>), sum[k]);
+    }
   }
-  for (; c < count; ++c) sum[0] += double(a[c]) * double(b[c * b_stride]);
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  double rest = 0;
+  for (; i < count; ++i) rest += double(a[i]) * double(b[i]);
+  return horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
 // The real words of a sample as unit vectors, [channels][padded words]; returns how many there are.
@@ -141,21 +149,29 @@ template <class T>
 int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* panel, int32_t* word_index, T* inverse_norm,
                            T* row) {
   int64_t words = 0;
+  bool poisoned = false;
   for (int64_t j = 0; j < call.words; ++j) {
     T real = 1;
     if (call.text_mask.data) real = *read_row(call.text_mask, sample, 0, j, 1, &real);
-    if (real != 0) word_index[words++] = int32_t(j);
+    if (real == 0) continue;
+    const T* word = read_row(call.text, sample, j, 0, call.channels, row);
+    const double square = dot(word, word, call.channels);
+    const bool direction = !(square <= kSmallestNorm * kSmallestNorm);
+    inverse_norm[words] = call.normalize ? (direction ? T(1 / __builtin_sqrt(square)) : T(0)) : T(1);
+    word_index[words++] = int32_t(j);
+    poisoned |= square != square;
   }
   const int64_t padded = padded_words(words);
-  for (int64_t i = 0; i < call.channels * padded; ++i) panel[i] = 0;
-  bool poisoned = false;
-  for (int64_t k = 0; k < words; ++k) {
-    const T* word = read_row(call.text, sample, word_index[k], 0, call.channels, row);
-    const double square = dot(word, word, 1, call.channels);
-    const bool direction = !(square <= kSmallestNorm * kSmallestNorm);
-    inverse_norm[k] = call.normalize ? (direction ? T(1 / __builtin_sqrt(square)) : T(0)) : T(1);
-    for (int64_t c = 0; c < call.channels; ++c) panel[c * padded + k] = word[c] * inverse_norm[k];
-    poisoned |= square != square;
+  for (int64_t first = 0; first < call.channels; first += kChannelBlock) {  // a block of the panel stays in the L1 cache
+    const int64_t size = call.channels - first < kChannelBlock ? call.channels - first : kChannelBlock;
+    T* block = panel + first * padded;
+    for (int64_t k = 0; k < words; ++k) {
+      const T* word = read_row(call.text, sample, word_index[k], first, size, row);
+      for (int64_t c = 0; c < size; ++c) block[c * padded + k] = word[c] * inverse_norm[k];
+    }
+    for (int64_t k = words; k < padded; ++k) {
+      for (int64_t c = 0; c < size; ++c) block[c * padded + k] = 0;
+    }
   }
   // A comparison with NaN is never true, so that NaN in any word but the first would pass unseen.
   if (poisoned) panel[0] = __builtin_nan("");
@@ -187,23 +203,25 @@ inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* 
   for (int64_t i = 0; i < used; ++i) tile.factor[i] = 0;
   for (int64_t channel = 0; channel < call.channels; channel += kChannelBlock) {
     const int64_t size = call.channels - channel < kChannelBlock ? call.channels - channel : kChannelBlock;
-    int64_t stride;
-    const T* features = block_features(call, sample, channel, size, first, count, tile, stride);
-    // In place, the next block of channels is fetched while this one is multiplied.
-    const bool more = features != tile.features && channel + 2 * kChannelBlock <= call.channels;
-    const int64_t prefetch = more ? kChannelBlock * stride : 0;
+    const Block<T> block(call, sample, channel, size, first, count, tile);
+    const bool more = channel + 2 * kChannelBlock <= call.channels;
     for (int64_t i = 0; i < used; i += kLanes<T>) {
+      const bool here = i < block.pixels;
+      const T* features = (here ? block.features : block.copies) + i;
+      const int64_t stride = here ? block.stride : block.copies_stride;
+      // In place, the next block of channels is fetched while this one is multiplied.
+      const int64_t prefetch = more && here && block.in_place ? kChannelBlock * stride : 0;
       for (int64_t j = 0; j < padded;) {
         const bool whole = j + kWordBlock <= padded;
         const auto multiply = whole ? multiply_strip<kWordBlock, T> : multiply_strip<kLastWordBlock, T>;
-        multiply(features + i, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
+        multiply(features, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
                  tile.score + j * pixels + i, pixels);
         j += whole ? kWordBlock : kLastWordBlock;
       }
       if (!call.normalize) continue;
       Vector<T> square = {};
       for (int64_t c = 0; c < size; ++c) {
-        const Vector<T> v = load(features + c * stride + i);
+        const Vector<T> v = load(features + c * stride);
         square = multiply_add(v, v, square);
       }
       store(tile.factor + i, load(tile.factor + i) + square);

@@ -77,8 +77,8 @@ struct SimilarityKernels {
   void (*backward)(const SimilarityCall<T>&, int64_t sample, const T* panel, int64_t words, int64_t first, int64_t last,
                    const T* grad, void* grad_visual, T* grad_text, T* scratch);
   // grad_text [words + 1][channels], its last row zero, becomes the gradient of `text`.
-  void (*finish_text)(const SimilarityCall<T>&, int64_t sample, const T* panel, int64_t words, const int32_t* word_index,
-                      const T* inverse_norm, T* grad_text, void* gradient);
+  void (*finish_text)(const SimilarityCall<T>&, int64_t sample, int64_t words, const int32_t* word_index,
+                      const T* inverse_norm, T* row, T* grad_text, void* gradient);
 };
 
 struct Kernels {

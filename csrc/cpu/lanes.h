@@ -63,6 +63,9 @@ AML_INLINE Mask<float> operator>(Floats a, Floats b) { return {_mm512_cmp_ps_mas
 AML_INLINE Mask<double> operator>(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(raw(a), raw(b), _CMP_GT_OQ)}; }
 AML_INLINE Mask<float> operator>=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(raw(a), raw(b), _CMP_GE_OQ)}; }
 AML_INLINE Mask<double> operator>=(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(raw(a), raw(b), _CMP_GE_OQ)}; }
+AML_INLINE Mask<float> operator!=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(raw(a), raw(b), _CMP_NEQ_UQ)}; }
+AML_INLINE Mask<double> operator!=(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(raw(a), raw(b), _CMP_NEQ_UQ)}; }
+template <class T> AML_INLINE bool any(Mask<T> m) { return m.bits != 0; }
 AML_INLINE Floats select(Mask<float> m, Floats a, Floats b) { return lanes(_mm512_mask_blend_ps(m.bits, raw(b), raw(a))); }
 AML_INLINE Doubles select(Mask<double> m, Doubles a, Doubles b) { return lanes(_mm512_mask_blend_pd(m.bits, raw(b), raw(a))); }
 AML_INLINE Floats larger(Floats a, Floats b) { return lanes(_mm512_max_ps(raw(a), raw(b))); }
@@ -80,6 +83,13 @@ AML_INLINE Floats reciprocal(Floats x) {  // an estimate of 14 bits, and Newton'
 #else
 template <class T> AML_INLINE Mask<T> operator>(Lanes<T> a, Lanes<T> b) { return {a.v > b.v}; }
 template <class T> AML_INLINE Mask<T> operator>=(Lanes<T> a, Lanes<T> b) { return {a.v >= b.v}; }
+template <class T> AML_INLINE Mask<T> operator!=(Lanes<T> a, Lanes<T> b) { return {a.v != b.v}; }
+template <class T>
+AML_INLINE bool any(Mask<T> m) {
+  LaneInt<T> found = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) found |= m.bits[lane];
+  return found != 0;
+}
 template <class T> AML_INLINE Lanes<T> select(Mask<T> m, Lanes<T> a, Lanes<T> b) { return m.bits ? a.v : b.v; }
 template <class T> AML_INLINE Lanes<T> larger(Lanes<T> a, Lanes<T> b) { return a.v > b.v ? a.v : b.v; }
 template <class T> AML_INLINE Vector<LaneInt<T>> count(Vector<LaneInt<T>> n, Mask<T> m) { return n - m.bits; }

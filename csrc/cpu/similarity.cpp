@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& visual, co
     for (int64_t k = 0; k < share; ++k) sum[k] += gradient[k];
   };
   const auto finish = [&](int64_t b, const Words<T>& words, T* sum) {
-    kernel.finish_text(call, b, words.panel, words.count, words.index, words.inverse_norm, sum, text_out);
+    kernel.finish_text(call, b, words.count, words.index, words.inverse_norm, words.row, sum, text_out);
   };
   if (whole_samples(samples)) {
     std::atomic<int64_t> wordless(-1);

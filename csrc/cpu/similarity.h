@@ -12,10 +12,8 @@ void similarity_forward(const SimilarityCall<T>& call, int64_t sample, const T* 
                         int64_t last, T* similarity, T* scratch) {
   Tile<T> tile(call, false, scratch);
   const int64_t pixels = tile.pixels;
-  int64_t count;
-  for (int64_t start = first; start < last; start += count) {
-    count = tile_count(call, last - start);
-    const int64_t used = tile.used(count);
+  for (int64_t start = first; start < last; start += pixels) {
+    const int64_t count = last - start < pixels ? last - start : pixels, used = tile.used(count);
     tile_scores(call, sample, panel, words, start, count, tile);
     for (int64_t j = 0; j < words; ++j) {
       T* score = tile.score + j * pixels;
