@@ -57,7 +57,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
 
     Raises ValueError where `out` holds a demo with other settings.
     """
-    from aml import figures
+    from aml import demo_report, figures
     from aml.data.scenes import render_scenes
 
     settings = settings or DemoSettings()
@@ -83,7 +83,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
     results["seconds"] = _seconds(out)
     write_json(out / "results.json", results)
     report = out / "report.html"
-    report.write_text(figures.report(out, results), encoding="utf-8")
+    report.write_text(demo_report.report(out, results), encoding="utf-8")
     print(f"\n{table(results)}\n\nwrote {report} ({sum(results['seconds'].values()) / 60:.1f} minutes of work)")
     return report
 
