@@ -37,7 +37,7 @@ PICTURES = ("curves.png", "differences.png", "examples.png", "picture.png")
 
 
 def draw_all(out: Path, results: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-    """Write PICTURES into `out`. examples: see `aml.demo.make_examples`."""
+    """Write PICTURES into `out`. examples: see `aml.demo_examples`."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
