@@ -18,7 +18,6 @@ either, and costs the disk only what has changed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from aml import sharding
 from aml.errors import CheckpointError
+from aml.files import digest, flush, hard_linked
 
 FORMAT = 2
 FROZEN = "frozen"
@@ -83,7 +83,7 @@ def save(
         with written_whole(final, linked) as temporary:
             for name, tensors in weights.items():
                 path = temporary / f"{name}.safetensors"
-                if name == FROZEN and frozen_in is not None and _linked(frozen_in / path.name, path):
+                if name == FROZEN and frozen_in is not None and hard_linked(frozen_in / path.name, path):
                     # With the digest of when it was written: one taken now would seal damage of the meantime.
                     linked[path.name] = _listed(frozen_in)[path.name]
                 else:
@@ -120,7 +120,7 @@ def written_whole(final: Path, linked: Mapping[str, Any] | None = None) -> Itera
     yield temporary
     _seal(temporary, linked or {})
     os.rename(temporary, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -142,34 +142,26 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     safetensors.torch.save_file(stored, str(path), metadata={"format": "pt", **tied})
 
 
-def _linked(source: Path, path: Path) -> bool:
-    try:
-        os.link(source, path)
-    except OSError:  # a file system without hard links, or the source is gone
-        return False
-    return True
-
-
 def _seal(folder: Path, linked: Mapping[str, Any]) -> None:
     """Flush every file to the disk, then list them, with size and digest, in COMPLETE, the last one."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _flush(path)
-        files[path.name] = linked.get(path.name) or {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    _flush(folder)
+        flush(path)
+        files[path.name] = linked.get(path.name) or {"bytes": path.stat().st_size, "sha256": digest(path)}
+    flush(folder)
     marker = folder / _MARKER
     marker.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    _flush(marker)
-    _flush(folder)
+    flush(marker)
+    flush(folder)
 
 
 def _point(folder: Path, name: str, target: str) -> None:
     if read_pointer(folder / name) != target:
         temporary = folder / f"{name}.tmp"
         temporary.write_text(target + "\n", encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, folder / name)
-        _flush(folder)
+        flush(folder)
 
 
 def _prune(latest: Path, keep: int, best_step: int | None) -> None:
@@ -182,14 +174,6 @@ def _prune(latest: Path, keep: int, best_step: int | None) -> None:
             # The marker goes first, so that a removal cut short leaves nothing that looks complete.
             (path / _MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------------------------- finding
@@ -212,7 +196,7 @@ def problem(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _digest(file) != expected["sha256"]:
+        if digest(file) != expected["sha256"]:
             return f"{name} is damaged: its SHA-256 is not the one in {_MARKER}"
     return None
 
@@ -269,14 +253,6 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name[5:])
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- reading

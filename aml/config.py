@@ -3,20 +3,18 @@
     config = load("run.yaml", ["optim.lr=1e-4", "train.epochs=3"])
 
 Every setting is declared once, below, with its type, default, limits and one line of help. Scalars are read
-by the declared type and not by YAML's guesses: `1e-4` is a float, `precision: no` is the word "no", and
-`steps: true` is refused. All mistakes are reported together, each with file, line and the nearest valid name.
+(aml/config_values.py) by the declared type and not by YAML's guesses: `1e-4` is a float, `precision: no` is the word
+"no", and `steps: true` is refused. All mistakes are reported together, each with file, line and nearest valid name.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
+
+from aml.config_values import Reading, kind_name, kind_of, shown, value_problem
 
 
 class ConfigError(ValueError):
@@ -48,7 +46,7 @@ class _Section:
     def __post_init__(self) -> None:
         problems = []
         for f in fields(self):
-            problem = _value_problem(f, _kind(type(self), f.name), getattr(self, f.name))
+            problem = value_problem(f, kind_of(type(self), f.name), getattr(self, f.name))
             if problem:
                 problems.append(f"{type(self).__name__}.{f.name}: {problem}")
         if problems:
@@ -251,14 +249,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "alignment": AlignmentConfig,
-    "optim": OptimConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-}
+_SECTIONS: dict[str, type[_Section]] = get_type_hints(Config)
 
 
 # ------------------------------------------------------------------------------------------ public functions
@@ -269,21 +260,13 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Raises ConfigError with every problem of file and words at once, and FileNotFoundError for a missing file.
     """
-    problems: list[str] = []
-    values: dict[str, dict[str, Any]] = {name: {} for name in _SECTIONS}
+    reading = Reading(_SECTIONS)
     if path is not None:
-        text = Path(path).read_text(encoding="utf-8")
-        for where, key, scalar in _yaml_settings(text, str(path), problems):
-            _assign(values, where, key, scalar, problems)
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            problems.append(f"command line: {word!r} is not a setting: write section.name=value")
-        else:
-            _assign(values, "command line", key, (text, text == "null"), problems)
-    if problems:
-        raise ConfigError(problems)
-    sections: dict[str, Any] = {name: section(**values[name]) for name, section in _SECTIONS.items()}
+        reading.add_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    reading.add_words(overrides)
+    if reading.problems:
+        raise ConfigError(reading.problems)
+    sections: dict[str, Any] = {name: section(**reading.values[name]) for name, section in _SECTIONS.items()}
     return Config(**sections)
 
 
@@ -300,7 +283,7 @@ def describe() -> list[tuple[str, str, str, str]]:
     The default is that of the default model and preset.
     """
     return [
-        (f"{name}.{f.name}", _kind_name(_kind(section, f.name)), _shown(getattr(section(), f.name)), f.metadata["doc"])
+        (f"{name}.{f.name}", kind_name(kind_of(section, f.name)), shown(getattr(section(), f.name)), f.metadata["doc"])
         for name, section in _SECTIONS.items()
         for f in fields(section)
     ]
@@ -313,163 +296,5 @@ def differences(old: Config, new: Config) -> list[str]:
         for f in fields(section):
             before, after = (getattr(getattr(c, name), f.name) for c in (old, new))
             if before != after:
-                lines.append(f"{name}.{f.name}: {_shown(before)} -> {_shown(after)}")
+                lines.append(f"{name}.{f.name}: {shown(before)} -> {shown(after)}")
     return lines
-
-
-# --------------------------------------------------------------------------------------------------- reading
-
-_Scalar = tuple[str, bool]  # the text as written, and whether it means null
-
-
-def _yaml_settings(text: str, source: str, problems: list[str]) -> Iterator[tuple[str, str, _Scalar]]:
-    """(place, section.name, scalar) of each leaf; structural mistakes go to `problems`."""
-    import yaml
-
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problems.append(f"{source}{line}: not YAML: {getattr(error, 'problem', None) or error}")
-        return
-    if root is None:  # an empty file asks for the defaults
-        return
-    for section, node, where in _pairs(root, source, "the file", problems):
-        if section not in _SECTIONS:
-            problems.append(f"{where}: unknown section {section!r}{_hint(section)}")
-            continue
-        for name, leaf, place in _pairs(node, source, f"section {section}", problems):
-            if isinstance(leaf, yaml.ScalarNode):
-                yield place, f"{section}.{name}", (leaf.value, leaf.tag == "tag:yaml.org,2002:null")
-            else:
-                problems.append(f"{place}: {section}.{name} must be a single value, not a list or a mapping")
-
-
-def _pairs(node: Any, source: str, what: str, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
-    """(key, node, place) of a YAML mapping; refuses other kinds of node and a key that is given twice."""
-    import yaml
-
-    if not isinstance(node, yaml.MappingNode):
-        given = "a list" if isinstance(node, yaml.SequenceNode) else node.value
-        got = repr(given) if given else "nothing"
-        problems.append(
-            f"{source}:{node.start_mark.line + 1}: {what} must be a mapping of names to values, "
-            f"got {got}; leave it out to keep the defaults"
-        )
-        return
-    first: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
-        if name in first:
-            problems.append(f"{source}:{line}: {what} gives {name!r} twice, first in line {first[name]}")
-        else:
-            first[name] = line
-            yield name, value, f"{source}:{line}"
-
-
-def _assign(
-    values: dict[str, dict[str, Any]], where: str, key: str, scalar: _Scalar, problems: list[str]
-) -> None:
-    section, _, name = key.partition(".")
-    declared = {f.name: f for f in fields(_SECTIONS[section])} if section in _SECTIONS else {}
-    if name not in declared:
-        problems.append(f"{where}: unknown setting {key!r}{_hint(key)}")
-        return
-    kind = _kind(_SECTIONS[section], name)
-    try:
-        value = _read(kind, *scalar)
-    except ValueError:
-        problems.append(f"{where}: {key} takes {_kind_name(kind)}, got {scalar[0]!r}")
-        return
-    problem = _value_problem(declared[name], kind, value)
-    if problem:
-        problems.append(f"{where}: {key} {problem}")
-    else:
-        values[section][name] = value
-
-
-def _hint(key: str) -> str:
-    """What an unknown name may have meant: the same name elsewhere, a near spelling, or what there is."""
-    names = [f"{section}.{f.name}" for section, kind in _SECTIONS.items() for f in fields(kind)]
-    section, _, leaf = key.rpartition(".")
-    near = [name for name in names if name.partition(".")[2] == leaf]
-    near = near or difflib.get_close_matches(key, names if section else [*_SECTIONS, *names], n=2, cutoff=0.7)
-    if not near and section not in _SECTIONS:
-        leaves = difflib.get_close_matches(leaf, [name.partition(".")[2] for name in names], n=1, cutoff=0.7)
-        near = [name for name in names if name.partition(".")[2] in leaves]
-    if near:
-        return "; did you mean " + " or ".join(near) + "?"
-    if section in _SECTIONS:
-        return f"; {section} has " + ", ".join(f.name for f in fields(_SECTIONS[section]))
-    return "; sections are " + ", ".join(_SECTIONS)
-
-
-# ----------------------------------------------------------------------------------------------------- types
-
-
-def _kind(section: type, name: str) -> Any:
-    return typing.get_type_hints(section)[name]
-
-
-def _options(kind: Any) -> tuple[Any, bool]:
-    """(the kind without None, whether None is allowed)."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        inner = [k for k in typing.get_args(kind) if k is not type(None)]
-        return inner[0], True
-    return kind, False
-
-
-def _kind_name(kind: Any) -> str:
-    inner, optional = _options(kind)
-    if typing.get_origin(inner) is Literal:
-        name = "one of " + ", ".join(typing.get_args(inner))
-    else:
-        name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[inner]
-    return name + (" or null" if optional else "")
-
-
-def _read(kind: Any, text: str, null: bool) -> Any:
-    """The value that `text` stands for, by the declared type; ValueError where it stands for none."""
-    inner, optional = _options(kind)
-    if null:
-        if not optional:
-            raise ValueError("null")
-        return None
-    if inner is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    return inner(text) if inner in (int, float) else text
-
-
-def _value_problem(f: Field[Any], kind: Any, value: Any) -> str | None:
-    """What is wrong with a value of field `f`, or None."""
-    inner, optional = _options(kind)
-    if value is None and optional:
-        return None
-    if typing.get_origin(inner) is Literal:
-        right = value in typing.get_args(inner)
-    elif inner is float:
-        right = type(value) in (int, float) and math.isfinite(value)
-    else:
-        right = type(value) is inner
-    if not right:
-        return f"takes {_kind_name(kind)}, got {value!r}"
-    limits = f.metadata
-    if "low" in limits and value < limits["low"]:
-        return f"must be at least {limits['low']}, got {value!r}"
-    if "above" in limits and value <= limits["above"]:
-        return f"must be above {limits['above']}, got {value!r}"
-    if "high" in limits and value > limits["high"]:
-        return f"must be at most {limits['high']}, got {value!r}"
-    if "below" in limits and value >= limits["below"]:
-        return f"must be below {limits['below']}, got {value!r}"
-    return None
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -17,13 +17,13 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aml.demo_results import CONDITIONS, STRATEGIES, choose_examples, paired_difference, table
+from aml.demo_results import CONDITIONS, STRATEGIES, paired_difference, table
 from aml.files import write_json
 from aml.metrics import iou
 
@@ -57,7 +57,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
 
     Raises ValueError where `out` holds a demo with other settings.
     """
-    from aml import figures
+    from aml import demo_examples, demo_report, figures
     from aml.data.scenes import render_scenes
 
     settings = settings or DemoSettings()
@@ -78,12 +78,12 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
                 _evaluate(out, settings, strategy, config)
     results = summarize(out, settings, configs)
     with _timed(out, "figures"):
-        examples = make_examples(results["examples"], configs)
-        figures.draw_all(out, results, examples)
+        runs = {strategy: load_run(configs[strategy]) for strategy in demo_examples.PREDICTED}
+        figures.draw_all(out, results, demo_examples.make_examples(results["examples"], runs))
     results["seconds"] = _seconds(out)
     write_json(out / "results.json", results)
     report = out / "report.html"
-    report.write_text(figures.report(out, results), encoding="utf-8")
+    report.write_text(demo_report.report(out, results), encoding="utf-8")
     print(f"\n{table(results)}\n\nwrote {report} ({sum(results['seconds'].values()) / 60:.1f} minutes of work)")
     return report
 
@@ -152,31 +152,30 @@ def _train(out: Path, config: Any) -> None:
         raise Stopped(stop.signum, f"stopped and saved; go on with\n  {_command(out)}") from None
 
 
-def load_run(config: Any) -> tuple[Any, Any, Any]:
-    """(model, aligner, the unseen sentences) of a finished run; its best checkpoint by the validation scenes."""
-    from aml import assembly, checkpoint, predict
+def load_run(config: Any) -> Any:
+    """A finished run, as `aml.trained.Trained`; its best checkpoint by the validation scenes."""
+    import torch
 
-    folder = checkpoint.resolve(config.train.out)
-    model = predict.load_model(folder)
-    aligner = assembly.build_aligner(config, model)
-    checkpoint.load_weights(folder, aligner=aligner)
-    return model, aligner, assembly.build_dataset(config, assembly.open_data(config), model, "test", train=False)
+    from aml.trained import open_trained
+
+    return open_trained(config.train.out, config.data.root, (), torch.device("cpu"))
 
 
 def _evaluate(out: Path, settings: DemoSettings, strategy: str, config: Any) -> None:
     from aml.evaluation import evaluate
 
-    model, aligner, dataset = load_run(config)
+    run = load_run(config)
+    dataset = run.dataset("test")
     for condition in CONDITIONS:
         path = _records_path(out, strategy, condition)
         if path.exists():
             continue
         clean = condition == "clean"
         records = evaluate(
-            model,
+            run.model,
             dataset.disturbed(None if clean else (condition, settings.severity)),
             batch_size=config.train.batch_size,
-            aligner=aligner if clean else None,
+            aligner=run.aligner if clean else None,
         )
         write_json(path, records)
         score = sum(map(iou, records)) / len(records)
@@ -190,6 +189,7 @@ def summarize(out: Path, settings: DemoSettings, configs: dict[str, Any]) -> dic
     """Everything in the report, as plain numbers (shares in [0, 1]), from the files of the runs and evaluations."""
     from aml.assembly import open_data
     from aml.config import to_yaml
+    from aml.demo_examples import choose_examples
     from aml.evaluation import metrics
     from aml.runlog import read_log
 
@@ -228,51 +228,6 @@ def summarize(out: Path, settings: DemoSettings, configs: dict[str, Any]) -> dic
         "command": _command(out),
         "config": to_yaml(shared),
     }
-
-
-def make_examples(names: Sequence[str], configs: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each sample id: sentence, image [S, S, 3] in [0, 1], target, similarity map of "loss", the pixels it
-    leaves out, and the predictions of "none" and "loss" with their IoU. Masks are bool [S, S]."""
-    import torch
-
-    from aml.data.dataset import collate
-    from aml.evaluation import resized
-
-    examples: list[dict[str, Any]] = [{} for _ in names]
-    for strategy in ("none", "loss"):
-        model, aligner, dataset = load_run(configs[strategy])
-        positions = [dataset.sample_ids.index(name) for name in names]
-        batch = collate([dataset[position] for position in positions])
-        with torch.no_grad():
-            logits, alignment = model(batch["image"], batch["tokens"], batch["text_mask"], return_alignment=True)
-            similarity = aligner.similarity(alignment)
-        target = batch["target"] > 0
-        predicted = resized(logits, target.shape[1:]) > 0
-        left_out, upsampled = left_out_pixels(similarity, target, aligner.quantile, aligner.protect_target)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.image_mean, model.image_std))
-        for i, example in enumerate(examples):
-            union = (predicted[i] | target[i]).sum().item()
-            example[strategy] = predicted[i].numpy()
-            example[f"{strategy}_iou"] = (predicted[i] & target[i]).sum().item() / max(union, 1)
-            if strategy == "loss":
-                example["sentence"] = dataset.expressions[positions[i]].sentence
-                example["image"] = (batch["image"][i] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-                example["target"] = target[i].numpy()
-                example["similarity"], example["left_out"] = upsampled[i].numpy(), left_out[i].numpy()
-    return examples
-
-
-def left_out_pixels(similarity: Any, target: Any, quantile: float, protect_target: bool) -> tuple[Any, Any]:
-    """What `masked_loss` leaves out, bool [B, H, W], and the map at the target's size [B, H, W]."""
-    import torch.nn.functional as F
-
-    from aml_kernels import sample_quantile
-
-    threshold = sample_quantile(similarity, quantile).view(-1, 1, 1)
-    size = target.shape[1:]
-    upsampled = F.interpolate(similarity[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
-    left_out = upsampled < threshold
-    return (left_out & ~target if protect_target else left_out), upsampled
 
 
 # ----------------------------------------------------------------------------------------------------- small parts

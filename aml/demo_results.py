@@ -1,4 +1,4 @@
-"""Comparing the strategies of `aml demo`: intervals, choice of examples, and the results in words."""
+"""Comparing the strategies of `aml demo`: intervals, and the results in words."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 
 from aml import bootstrap
-from aml.metrics import iou
 
 STRATEGIES = ("none", "random", "easiest", "loss")
 CONDITIONS = ("clean", "noise", "blur", "occlusion")
 SHOWN = ("mIoU", "oIoU", "P@0.5")
-EXAMPLE_RANKS = (0.95, 0.85, 0.75, 0.6, 0.45, 0.3)  # of the IoU of "loss" among the unseen sentences
 SEED_NOISE = 0.03  # what a change of seed alone can do to the mIoU of so small a model
 CAVEAT = "One seed cannot resolve differences below about 1 to 3 points, whatever the intervals over scenes say."
 
@@ -31,20 +29,6 @@ def paired_difference(
     ours, theirs = bootstrap.ratios(sums.sum(-1))
     low, high = bootstrap.interval(-np.diff(bootstrap.resampled(sums), axis=1)[:, 0])
     return {"mIoU": float(ours - theirs), "low": low, "high": high}
-
-
-def choose_examples(records: Sequence[dict[str, Any]], image_of: dict[str, int]) -> list[str]:
-    """Sample ids at fixed ranks of IoU, so neither the best nor picked by hand; each from another image."""
-    ranked = sorted(records, key=lambda record: (iou(record), record["sample_id"]))
-    chosen: list[str] = []
-    used: set[int] = set()
-    for rank in EXAMPLE_RANKS:
-        place = rank * (len(ranked) - 1)
-        near = sorted(range(len(ranked)), key=lambda i: abs(i - place))
-        names = [ranked[i]["sample_id"] for i in near if image_of[ranked[i]["sample_id"]] not in used]
-        chosen += names[:1]
-        used |= {image_of[name] for name in names[:1]}
-    return chosen
 
 
 def table(results: dict[str, Any]) -> str:

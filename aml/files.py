@@ -1,8 +1,9 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and what keeps them so."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -47,3 +48,30 @@ def require_writable(folder: Path) -> None:
     probe = folder / f".writable-{os.getpid()}"
     probe.touch()
     probe.unlink()
+
+
+def flush(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hard_linked(source: Path, path: Path) -> bool:
+    """Give the file `source` a second name, if that is possible."""
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without hard links, or the source is gone
+        return False
+    return True
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

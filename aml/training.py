@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from aml import checkpoint, evaluation, sharding
+from aml import evaluation, sharding
 from aml.assembly import build_aligner, build_dataset, open_data
 from aml.config import Config, ConfigError, to_yaml
 from aml.console import StopSignals, on_terminal
@@ -34,7 +34,7 @@ from aml.data.dataset import EpochBatches
 from aml.data.loading import loader
 from aml.data.union import Annotations
 from aml.distribution import open_accelerator
-from aml.errors import NonFiniteLoss, Stopped
+from aml.errors import Stopped
 from aml.learner import Learner
 from aml.models import build_model
 from aml.runlog import RunLog, tensorboard_writer
@@ -170,7 +170,7 @@ class _Trainer:
     def _log(self) -> None:
         """A line of means since the last one, over all ranks; times are of the slowest rank. Collective."""
         position, window = self.state.progress, self.state.window
-        in_a_row = self._checked_skips()
+        in_a_row = self.state.checked_skips()
         means = window.means(self.accelerator)
         skipped = [step for step, length in enumerate(in_a_row) if length]
         culprits = [sample for step in skipped for sample in window.culprits(step)]
@@ -196,21 +196,6 @@ class _Trainer:
         self.bar.set_postfix_str(line)
         if self.bar.disable:
             self._print(f"step {position.step}/{self.total}  {line}")
-
-    def _checked_skips(self) -> list[int]:
-        """`Window.skipped_in_a_row` of the open window; too many end the run. Collective."""
-        position, window, limit = self.state.progress, self.state.window, self.config.train.max_skips
-        in_a_row = window.skipped_in_a_row(position.skipped_in_a_row)
-        index = next((index for index, length in enumerate(in_a_row) if length >= limit), None)
-        if index is not None:
-            step = position.step - len(in_a_row) + index + 1
-            saved = checkpoint.read_pointer(self.out / "checkpoints" / "last") or "no checkpoint yet"
-            raise NonFiniteLoss(
-                f"the loss or its gradient was not finite in {limit} step(s) in a row, the last of them step "
-                f"{step}. Its samples: {', '.join(window.culprits(index))}. Last good state: {saved}. Look at "
-                f"these samples, or try a lower optim.lr, a longer optim.warmup, train.precision=no"
-            )
-        return in_a_row
 
     def _evaluate(self) -> None:
         """Metrics of the validation split, by sample id over all ranks; remembers the best. Collective."""
@@ -244,7 +229,7 @@ class _Trainer:
 
     def _save(self) -> None:
         """Collective."""
-        self._checked_skips()
+        self.state.checked_skips()
         self.state.save(self.learner)
         self._restart_clock()
 

@@ -2,7 +2,7 @@
 
 The order of samples, their augmentation and the learning rate are pure functions of (seed, step), so the position of a
 run is one number. What else has a state: weights, their average, optimizer, loss scale, the generators of every rank,
-the open averages of the log, the best metric.
+the open averages of the log, the best metric, the steps skipped in a row, of which too many end the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from aml import __version__, checkpoint
 from aml.config import Config, differences, load, to_yaml
 from aml.data.dataset import RISDataset
-from aml.errors import ResumeError
+from aml.errors import NonFiniteLoss, ResumeError
 from aml.learner import Learner
 from aml.runlog import source_commit
 from aml.training_window import Window
@@ -130,3 +130,18 @@ class RunState:
                 torch.cuda.set_rng_state(own["cuda"])
             self.window.load(own["window"], self.accelerator.device)
         return [*changed.values(), *differences(load(path / "config.yaml"), self.config)]
+
+    def checked_skips(self) -> list[int]:
+        """`Window.skipped_in_a_row` of the open window; too many end the run. Collective."""
+        position, window, limit = self.progress, self.window, self.config.train.max_skips
+        in_a_row = window.skipped_in_a_row(position.skipped_in_a_row)
+        index = next((index for index, length in enumerate(in_a_row) if length >= limit), None)
+        if index is not None:
+            step = position.step - len(in_a_row) + index + 1
+            saved = checkpoint.read_pointer(self.out / "checkpoints" / "last") or "no checkpoint yet"
+            raise NonFiniteLoss(
+                f"the loss or its gradient was not finite in {limit} step(s) in a row, the last of them step "
+                f"{step}. Its samples: {', '.join(window.culprits(index))}. Last good state: {saved}. Look at "
+                f"these samples, or try a lower optim.lr, a longer optim.warmup, train.precision=no"
+            )
+        return in_a_row

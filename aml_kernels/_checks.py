@@ -1,7 +1,10 @@
 """Argument checks of the public functions: each error names the argument, what was given and what is accepted."""
 
+import math
+import numbers
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,15 +43,27 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 LARGEST = sys.float_info.max
+PYTHONS = (int, float, torch.SymFloat, torch.SymInt)  # the last two: a number that is traced
+ACCEPTED = (*PYTHONS, numbers.Real)
 
 
-def number(name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> None:
-    """A finite real number in [low, high]."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+def number(name: str, value: Any, low: float = -LARGEST, high: float = LARGEST) -> float:
+    """A finite real number in [low, high]; NumPy's scalars are, and come back as Python's."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, ACCEPTED):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = value if isinstance(value, PYTHONS) else float(value)
     if not low <= value <= high:  # neither is NaN
         bounds = "a finite number" if low == -high == -LARGEST else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: expected {bounds}, got {value}")
+    return value
+
+
+def whole_number(name: str, value: Any, accepted: str, low: int, below: float = math.inf) -> int:
+    """An integer in [low, below), which `accepted` says in words; NumPy's come back as Python's."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= value < below:
+        raise ValueError(f"{name}: expected {accepted}, got {value!r}")
+    return value if isinstance(value, int) else int(value)
 
 
 def flag(name: str, value: object) -> None:
@@ -61,19 +76,22 @@ def one_of(name: str, value: object, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
-def at_most_one_limit(quantile: float | None, threshold: float | Tensor | None, samples: int) -> None:
-    """The two ways of saying from which similarity on a pixel is kept."""
+def at_most_one_limit(
+    quantile: float | None, threshold: float | Tensor | None, samples: int
+) -> tuple[float | None, float | Tensor | None]:
+    """The two ways of saying from which similarity on a pixel is kept; numbers come back as Python's."""
     if quantile is not None:
         if threshold is not None:
             raise ValueError(
                 f"quantile, threshold: expected at most one of them, got quantile={quantile} and a threshold"
             )
-        number("quantile", quantile, 0.0, 1.0)
+        quantile = number("quantile", quantile, 0.0, 1.0)
     elif isinstance(threshold, Tensor):
         tensor("threshold", threshold, (1,), FLOAT_TYPES, "[B]")
         shape("threshold", threshold, (samples,), "one per sample")
     elif threshold is not None:
-        number("threshold", threshold)
+        threshold = number("threshold", threshold)
+    return quantile, threshold
 
 
 def no_gradient(name: str, value: Tensor | None, why: str) -> None:

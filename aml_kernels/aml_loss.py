@@ -7,7 +7,7 @@ from torch import Tensor
 from . import _checks, reference
 from ._backend import choose
 from ._library import Operator, differentiable
-from .masked_loss import OPTIONS, backward, check_loss, fake_outputs, unpack_stats
+from .masked_loss import OPTIONS, backward, check_loss, fake_outputs, for_reference, unpack_stats
 from .reference.quantile import working_type
 from .similarity import check_features, check_words
 
@@ -55,7 +55,7 @@ def aml_loss(
         class_weight, smooth, reduction,
     )
     _checks.tensor("visual", visual, (4,), _checks.FLOAT_TYPES, "[B, C, h, w]")
-    check_features(visual, text, text_mask, normalize, scale, softmax)
+    scale = check_features(visual, text, text_mask, normalize, scale, softmax)
     _checks.shape("visual", visual, (logits.shape[0], *visual.shape[1:]), "batch of logits")
     if map_valid is not None:
         _checks.shape("map_valid", map_valid, (visual.shape[0], *visual.shape[2:]), "one per cell of visual")
@@ -65,9 +65,7 @@ def aml_loss(
         check_words(text_mask)
         loss, stats, similarity = reference.aml_loss(
             logits, target, visual, text, text_mask, normalize=normalize, scale=scale, softmax=softmax,
-            quantile=quantile, threshold=threshold, valid=valid, map_valid=map_valid, protect_target=protect_target,
-            bce_weight=bce_weight, dice_weight=dice_weight, class_weight=class_weight, smooth=smooth,
-            reduction=reduction,
+            valid=valid, map_valid=map_valid, **for_reference(*options),
         )
         return (loss, AMLStats(*stats, similarity)) if return_stats else loss
     loss, sums, counts, similarity = _aml_loss(

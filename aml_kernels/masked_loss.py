@@ -1,5 +1,7 @@
 """masked_loss: BCE and Dice over the pixels that match the words, in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,9 +76,7 @@ def masked_loss(
     chosen = choose(backend, logits.device, logits=logits, target=target, similarity=similarity)
     if chosen == "reference":
         loss, stats = reference.masked_loss(
-            logits, target, similarity, quantile=quantile, threshold=threshold, valid=valid, map_valid=map_valid,
-            protect_target=protect_target, bce_weight=bce_weight, dice_weight=dice_weight, class_weight=class_weight,
-            smooth=smooth, reduction=reduction,
+            logits, target, similarity, valid=valid, map_valid=map_valid, **for_reference(*options),
         )
         return (loss, stats) if return_stats else loss
     loss, sums, counts = _masked_loss(chosen, logits, target, similarity, valid, map_valid, *options)
@@ -108,16 +108,16 @@ def check_loss(
         _checks.tensor("map_valid", map_valid, (3,), _checks.MASK_TYPES, "[B, h, w]")
         if similarity is not None:
             _checks.shape("map_valid", map_valid, similarity.shape, "that of similarity")
-    _checks.at_most_one_limit(quantile, threshold, samples)
+    quantile, threshold = _checks.at_most_one_limit(quantile, threshold, samples)
     limits = threshold if isinstance(threshold, Tensor) else None
     _checks.same_device(
         logits=logits, target=target, similarity=similarity, valid=valid, map_valid=map_valid, threshold=limits,
     )
     _checks.flag("protect_target", protect_target)
-    _checks.number("bce_weight", bce_weight)
-    _checks.number("dice_weight", dice_weight)
+    bce_weight = _checks.number("bce_weight", bce_weight)
+    dice_weight = _checks.number("dice_weight", dice_weight)
     negative, positive = (1.0, 1.0) if class_weight is None else check_class_weight(class_weight)
-    _checks.number("smooth", smooth, 1e-30)
+    smooth = _checks.number("smooth", smooth, 1e-30)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     return (
         None if limits is None else limits.to(working_type(logits)),
@@ -126,12 +126,23 @@ def check_loss(
     )
 
 
+def for_reference(
+    thresholds, threshold, quantile, rank_in_fp64, protect_target, bce_weight, dice_weight, negative, positive, smooth,
+    reduction,
+) -> dict[str, Any]:
+    """The operators' options as `reference.masked_loss` takes them."""
+    return {
+        "quantile": quantile, "threshold": threshold if thresholds is None else thresholds,
+        "protect_target": protect_target, "bce_weight": bce_weight, "dice_weight": dice_weight,
+        "class_weight": (negative, positive), "smooth": smooth, "reduction": REDUCTIONS[reduction],
+    }
+
+
 def check_class_weight(class_weight: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(class_weight, (tuple, list)) or len(class_weight) != 2:
         raise ValueError(f"class_weight: expected two numbers (w_0, w_1) or None, got {class_weight!r}")
-    for weight in class_weight:
-        _checks.number("class_weight", weight, 0.0)
-    return class_weight[0], class_weight[1]
+    negative, positive = class_weight
+    return _checks.number("class_weight", negative, 0.0), _checks.number("class_weight", positive, 0.0)
 
 
 def unpack_stats(sums: Tensor, counts: Tensor) -> MaskedLossStats:

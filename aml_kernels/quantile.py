@@ -40,7 +40,7 @@ def sample_quantile(
         _checks.shape("q", q, values.shape[:1], "one per sample")
         for_all, per_sample = 0.0, q
     else:
-        _checks.number("q", q, 0.0, 1.0)
+        q = _checks.number("q", q, 0.0, 1.0)
         for_all, per_sample = q, None
     if valid is not None:
         _checks.tensor("valid", valid, (values.dim(),), _checks.MASK_TYPES, "[B, ...]")

@@ -50,22 +50,20 @@ def filter_regions(
     _checks.tensor("similarity", similarity, (3,), _checks.FLOAT_TYPES, "[B, h, w]")
     samples, channels, rows, columns = image.shape
     _checks.shape("similarity", similarity, (samples, *similarity.shape[1:]), "batch of image")
-    _checks.at_most_one_limit(quantile, threshold, samples)
+    quantile, threshold = _checks.at_most_one_limit(quantile, threshold, samples)
     if quantile is None and threshold is None:
         raise ValueError("quantile, threshold: expected one of them, got neither")
-    _checks.number("drop_ratio", drop_ratio, 0.0, 1.0)
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size: expected a whole number of pixels >= 1, got {block_size!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected a whole number in [0, 2**64), got {seed!r}")
+    drop_ratio = _checks.number("drop_ratio", drop_ratio, 0.0, 1.0)
+    block_size = _checks.whole_number("block_size", block_size, "a whole number of pixels >= 1", 1)
+    seed = _checks.whole_number("seed", seed, "a whole number in [0, 2**64)", 0, 2**64)
     if protect is not None:
         _checks.tensor("protect", protect, (3,), _checks.MASK_TYPES, "[B, H, W]")
         _checks.shape("protect", protect, (samples, rows, columns), "batch and size of image")
     colour = list(fill) if isinstance(fill, Sequence) else [fill] * channels
     if len(colour) != channels:
         raise ValueError(f"fill: expected a number or {channels} of them (one per channel), got {len(colour)}")
-    for value in colour:
-        _checks.number("fill", value, *((0, 255) if image.dtype == torch.uint8 else ()))
+    bounds = (0, 255) if image.dtype == torch.uint8 else ()
+    colour = [_checks.number("fill", value, *bounds) for value in colour]
     limits = threshold if isinstance(threshold, Tensor) else None
     _checks.same_device(image=image, similarity=similarity, protect=protect, threshold=limits)
 

@@ -41,7 +41,7 @@ def pixel_text_similarity(
     Source: Chen et al., "AMLRIS: Alignment-aware Masked Learning for Referring Image Segmentation", ICLR 2026,
     pixel-text matching; there with random projections in front and `softmax`.
     """
-    check_features(visual, text, text_mask, normalize, scale, softmax)
+    scale = check_features(visual, text, text_mask, normalize, scale, softmax)
     chosen = choose(backend, visual.device, visual=visual, text=text)
     if chosen == "reference":
         check_words(text_mask)
@@ -53,7 +53,8 @@ def pixel_text_similarity(
 
 def check_features(
     visual: Tensor, text: Tensor, text_mask: Tensor | None, normalize: bool, scale: float, softmax: bool,
-) -> None:
+) -> float:
+    """Check the arguments shared by `pixel_text_similarity` and `aml_loss`; return the scale as Python's number."""
     _checks.tensor("visual", visual, (3, 4), _checks.FLOAT_TYPES, "[B, C, h, w] or [B, N, C]")
     _checks.tensor("text", text, (3,), _checks.FLOAT_TYPES, "[B, L, C]")
     samples, width = visual.shape[0], visual.shape[1 if visual.dim() == 4 else 2]
@@ -63,8 +64,8 @@ def check_features(
         _checks.shape("text_mask", text_mask, text.shape[:2], "one per word of text")
     _checks.same_device(visual=visual, text=text, text_mask=text_mask)
     _checks.flag("normalize", normalize)
-    _checks.number("scale", scale)
     _checks.flag("softmax", softmax)
+    return _checks.number("scale", scale)
 
 
 def check_words(text_mask: Tensor | None) -> None:

@@ -134,3 +134,23 @@ def place(tmp_path_factory):
     tiny.write_data(folder / "data")
     tiny.write_text_encoder(folder / "encoder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def words(request, place):
+    """Makes words for `aml.config.load`: of a run into a folder, with SETTINGS of the test's module."""
+    import tiny
+
+    def make(out, *more: str) -> list[str]:
+        return tiny.settings(place / "data", place / "encoder", out, *request.module.SETTINGS, *more)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight(place, words):
+    """The uninterrupted run that others are compared with."""
+    from aml.config import load
+    from aml.training import train
+
+    return train(load(None, words(place / "straight")))

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import FOR_GPUS, coin, here, normal
+from helpers import FOR_GPUS, coin, here, normal, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ BAD = {  # option: values that are not accepted
     "quantile": (-0.1, 1.1, float("nan"), float("inf"), "0.5", True, [0.5], torch.tensor([0.5, 0.5])),
     "interpolation": ("cubic", None, 0, "LINEAR"),
     "normalize": (1, None, "yes"), "softmax": (0, None, "no"), "protect_target": (1, None),
-    "scale": (float("nan"), float("inf"), "1", None, True, torch.tensor(1.0)),
+    "scale": (float("nan"), float("inf"), "1", None, True, torch.tensor(1.0), np.float32("inf"), np.True_, np.ones(1)),
     "bce_weight": (float("nan"), float("inf"), "1", None, True),
     "dice_weight": (float("nan"), -float("inf"), "1", None),
     "class_weight": (
@@ -60,7 +61,7 @@ BAD = {  # option: values that are not accepted
     "smooth": (0.0, -1.0, float("nan"), float("inf"), None, "1"),
     "reduction": ("average", None, 0, "MEAN"),
     "drop_ratio": (-0.1, 1.1, float("nan"), None, "1"),
-    "block_size": (0, -1, 4.0, None, True, "4"),
+    "block_size": (0, -1, 4.0, None, True, "4", np.int64(0), np.float32(4)),
     "seed": (-1, 2**64, 1.0, None, True, "1"),
     "fill": ((1.0, 2.0), float("nan"), "black", None, (1.0, None, 2.0), torch.zeros(2, 2), True),
 }
@@ -80,6 +81,33 @@ def assert_refused(name, arguments, *named, error=(TypeError, ValueError), given
 def test_the_calls_are_good(backend):
     for name, arguments in CALLS.items():
         getattr(aml_kernels, name)(**here(arguments), backend=backend)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("real", "whole"), ((np.float16, np.uint8), (np.float32, np.int64), (np.float64, np.int32)))
+def test_scalars_of_numpy_are_numbers(backend, name, real, whole):
+    """The same bits as with the numbers that they stand for."""
+
+    def scalar(value):
+        if isinstance(value, tuple):
+            return tuple(map(scalar, value))
+        return (whole if isinstance(value, int) else real)(value)
+
+    def meant(value):
+        return tuple(map(meant, value)) if isinstance(value, tuple) else value.item()
+
+    options = {key: scalar(x) for key, x in CALLS[name].items() if type(x) in (int, float, tuple)}
+    calls = [options]
+    if "quantile" in options:
+        calls.append({key: x for key, x in options.items() if key != "quantile"} | {"threshold": real(0.3)})
+    for call in calls:
+        rest = {"quantile": None, "threshold": None} if "quantile" in options else {}
+        results = [
+            getattr(aml_kernels, name)(**here(CALLS[name] | rest | values), backend=backend)
+            for values in (call, {key: meant(x) for key, x in call.items()})
+        ]
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in results), strict=True):
+            assert same_bits(a, b)
 
 
 @settings(max_examples=300)

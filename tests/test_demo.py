@@ -9,7 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
-from aml import demo, demo_results, evaluation, figures
+from aml import demo, demo_examples, demo_results, evaluation, figures
 from aml.config import ConfigError
 
 TRAIN = ("train.log_every=2", "train.steps=6", "train.batch_size=4", "optim.lr=0.003")
@@ -61,9 +61,10 @@ def test_the_report_is_self_contained_and_holds_the_numbers(made):
 def test_results_equal_a_fresh_evaluation(made):
     out, settings, results, _ = made
     for strategy, perturb in (("loss", None), ("random", ("blur", settings.severity))):
-        model, aligner, dataset = demo.load_run(demo._config(out, settings, strategy))
+        run = demo.load_run(demo._config(out, settings, strategy))
+        dataset, aligner = run.dataset("test"), None if perturb else run.aligner
         records = evaluation.evaluate(
-            model, dataset.disturbed(perturb), batch_size=4, aligner=None if perturb else aligner, progress=False
+            run.model, dataset.disturbed(perturb), batch_size=4, aligner=aligner, progress=False
         )
         fresh = evaluation.metrics(records, dataset.sample_ids)
         assert results["strategies"][strategy][perturb[0] if perturb else "clean"] == pytest.approx(fresh)
@@ -159,7 +160,7 @@ def test_pixels_shown_as_left_out_are_those_the_loss_leaves_out(protect):
 
     torch.manual_seed(0)
     similarity, target = torch.rand(3, 5, 5), torch.rand(3, 40, 40) > 0.7
-    shown, _ = demo.left_out_pixels(similarity, target, 0.25, protect)
+    shown, _ = demo_examples.left_out_pixels(similarity, target, 0.25, protect)
     _, stats = masked_loss(
         torch.zeros(3, 10, 10),
         target,
@@ -176,7 +177,7 @@ def test_pixels_shown_as_left_out_are_those_the_loss_leaves_out(protect):
 def test_examples_are_from_different_images_and_at_fixed_ranks():
     records = [{"sample_id": f"{i}-{j}", "intersection": i, "union": 100} for i in range(100) for j in range(2)]
     image_of = {record["sample_id"]: int(record["sample_id"].split("-")[0]) for record in records}
-    chosen = demo_results.choose_examples(records, image_of)
-    assert len({image_of[name] for name in chosen}) == len(demo_results.EXAMPLE_RANKS)
-    for name, rank in zip(chosen, demo_results.EXAMPLE_RANKS, strict=True):
+    chosen = demo_examples.choose_examples(records, image_of)
+    assert len({image_of[name] for name in chosen}) == len(demo_examples.RANKS)
+    for name, rank in zip(chosen, demo_examples.RANKS, strict=True):
         assert abs(image_of[name] - 100 * rank) <= 2

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import tiny
@@ -22,20 +21,6 @@ from aml.training import train
 STEPS = 16
 SETTINGS = ("train.ema=0.9", f"train.steps={STEPS}", "train.save_every=3", "train.keep=3", "optim.lr=0.01")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def words(place):
-    def make(out: Path, *more: str) -> list[str]:
-        return tiny.settings(place / "data", place / "encoder", out, *SETTINGS, *more)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def straight(place, words):
-    """The uninterrupted run that others are compared with."""
-    return train(load(None, words(place / "straight")))
 
 
 @pytest.fixture

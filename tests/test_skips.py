@@ -1,7 +1,6 @@
 """A step whose loss or gradient is not finite changes nothing, is counted and told, and too many end the run."""
 
 import pytest
-import tiny
 import torch
 from runs import assert_equal, assert_same_run, lines
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,19 +13,7 @@ from aml.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FINITE, NAN, INF, GRADIENT = "finite", "nan", "inf", "gradient"
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("skips")
-    tiny.write_data(folder / "data")
-    tiny.write_text_encoder(folder / "encoder")
-
-    def make(out, *more):
-        settings = ("train.steps=16", "train.save_every=3", "train.ema=0.9", *more)
-        return tiny.settings(folder / "data", folder / "encoder", out, *settings)
-
-    return make
+SETTINGS = ("train.steps=16", "train.save_every=3", "train.ema=0.9")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 
 from aml import checkpoint, distribution, runlog, training
@@ -19,20 +18,6 @@ from aml.training import train
 STEPS = 16
 SETTINGS = (f"train.steps={STEPS}", "train.save_every=3", "train.keep=3", "optim.lr=0.01", "optim.warmup=0.2")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def words(place):
-    def make(out, *more: str) -> list[str]:
-        return tiny.settings(place / "data", place / "encoder", out, *SETTINGS, *more)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def straight(place, words):
-    """The uninterrupted run that others are compared with."""
-    return train(load(None, words(place / "straight")))
 
 
 def test_a_run_directory_is_neither_overwritten_nor_invented(tmp_path, words, straight):

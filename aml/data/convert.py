@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 from aml.data import layout, refs
+from aml.files import appearing_whole, flush
 
 
 def convert(root: str | Path, dataset: str | None = None, out: str | Path | None = None) -> Iterator[str]:
@@ -40,7 +39,9 @@ def convert(root: str | Path, dataset: str | None = None, out: str | Path | None
         yield f"wrote {target}: {count} refs, {target.stat().st_size / 1e6:.1f} MB"
         instances = path.with_name("instances.json")
         if folder.resolve() != path.parent.resolve() and instances.is_file():
-            _write(folder / instances.name, partial(shutil.copyfile, instances))
+            with appearing_whole(folder / instances.name) as copy:
+                shutil.copyfile(instances, copy)
+                flush(copy)
 
 
 def _convert(path: Path, target: Path) -> int:
@@ -53,22 +54,9 @@ def _convert(path: Path, target: Path) -> int:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from error
 
-    def write(file: Path) -> None:
+    with appearing_whole(target) as file:
         file.write_text(text, encoding="utf-8")
         if refs.read_refs(file) != expected:
             raise ValueError(f"{path}: its JSON does not read back the same; nothing was written")
-
-    _write(target, write)
+        flush(file)
     return len(expected)
-
-
-def _write(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file that then takes the place of `target`, as a whole."""
-    unfinished = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
-    try:
-        write(unfinished)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -7,11 +7,11 @@ namespace emulation {
 
 // Sometimes another thread comes first; a thread whose atomic changes nothing is taken to poll, and waits its turn.
 EMULATION_HIDDEN void before_atomic([[maybe_unused]] void* address) {
-  if (scheduler.random() % 16 == 0) ask(Request::go_on);
-  EMULATION_TSAN(if (scheduler.self->fenced) __tsan_release(address);)
+  if (running.random() % 16 == 0) ask(Request::go_on);
+  EMULATION_TSAN(if (running.self->fenced) __tsan_release(address);)
 }
 EMULATION_HIDDEN void after_atomic([[maybe_unused]] void* address, bool changed) {
-  EMULATION_TSAN(Fibre* fibre = scheduler.self; fibre->touched[fibre->n_touched++ % 8] = address;)
+  EMULATION_TSAN(Fibre* fibre = running.self; fibre->touched[fibre->n_touched++ % 8] = address;)
   if (!changed) ask(Request::spin);
 }
 

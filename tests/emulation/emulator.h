@@ -30,12 +30,12 @@
 #define __align__(n) alignas(n)
 // No __shared__: AML_SHARED is the emulator's way in.
 
-EMULATION_HIDDEN uint3 emulated_thread() { return emulation::scheduler.self->index; }
-EMULATION_HIDDEN uint3 emulated_block() { return emulation::scheduler.self->block->index; }
+EMULATION_HIDDEN uint3 emulated_thread() { return emulation::running.self->index; }
+EMULATION_HIDDEN uint3 emulated_block() { return emulation::running.self->block->index; }
 #define threadIdx (emulated_thread())
 #define blockIdx (emulated_block())
-#define blockDim (emulation::scheduler.shape.block)
-#define gridDim (emulation::scheduler.shape.grid)
+#define blockDim (emulation::running.shape.block)
+#define gridDim (emulation::running.shape.grid)
 constexpr int warpSize = 32;
 
 // ---- Barriers and fences.
@@ -59,7 +59,7 @@ inline grid_group this_grid() { return {}; }
 // What orders memory between blocks: a fence before the atomic of the one that writes, a fence after the atomic of the
 // one that reads, by the same threads. TSan is told this, and no more: a fence anywhere else orders nothing.
 EMULATION_HIDDEN void __threadfence() {
-  [[maybe_unused]] emulation::Fibre* fibre = emulation::scheduler.self;
+  [[maybe_unused]] emulation::Fibre* fibre = emulation::running.self;
   EMULATION_TSAN(for (void* address : fibre->touched) if (address) __tsan_acquire(address);)
   fibre->fenced = true;
 }
@@ -68,7 +68,7 @@ EMULATION_HIDDEN void __threadfence() {
 
 namespace emulation {
 
-EMULATION_HIDDEN unsigned lane() { return scheduler.self->lane; }
+EMULATION_HIDDEN unsigned lane() { return running.self->lane; }
 
 template <class T>
 EMULATION_HIDDEN T of_lane(const Value* values, unsigned lane) {
@@ -159,7 +159,7 @@ EMULATION_REDUCE(xor, a ^ b)
 // AML_DYNAMIC_SHARED(float, row): as many bytes as the launch asked for.
 #define AML_DYNAMIC_SHARED(T, name)                      \
   T* const name = static_cast<T*>(::emulation::shared_memory( \
-      &::emulation::scheduler, ::emulation::scheduler.shape.shared_bytes, std::source_location::current()))
+      &::emulation::running, ::emulation::running.shape.shared_bytes, std::source_location::current()))
 
 // AML_LAUNCH(blocks, threads, shared_bytes, stream, kernel<T, 4>, arguments...);
 #define AML_LAUNCH(grid, block, shared_bytes, stream, ...) \

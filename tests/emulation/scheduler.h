@@ -1,8 +1,4 @@
-// Runs a kernel's blocks, one fibre per CUDA thread, in an order drawn from a seed.
-//
-// A fibre runs until it needs others (a barrier, a shuffle), finishes, or touches an atomic. It then leaves a request
-// and switches to the scheduler, which answers on the caller's stack: no fibre ever runs the emulator's containers,
-// so ThreadSanitizer sees the kernel's own accesses and nothing else.
+// Runs a kernel's blocks, in an order drawn from a seed: resumes one fibre after the other, and answers their requests.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +7,12 @@
 #include <deque>
 #include <map>
 #include <memory>
-#include <optional>
 #include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cuda_types.h"
-#include "fibre.h"
-
-#define EMULATION_HERE std::source_location at = std::source_location::current()
+#include "threads.h"
 
 namespace emulation {
 
@@ -35,106 +27,18 @@ struct Settings {
 };
 inline Settings settings;
 
-struct Shape {
-  dim3 grid, block;
-  size_t shared_bytes = 0;
-  bool cooperative = false;  // all blocks alive together, and they may wait for each other
-};
-
-constexpr unsigned kWarp = 32;
 constexpr size_t kSharedBytes = 163 << 10;  // of a block, on sm_80
-constexpr size_t kRaceDetectorThreads = 6000;                              // gcc 12's TSan has 8128 ids; reused ones hide races
-
-struct alignas(16) Value {
-  char bytes[16];
-};
-
-struct Fibre;
-struct Block;
-
-// Where the members of a group wait for the last one. Two turns: those who leave may still read when others arrive.
-struct Meeting {
-  unsigned mask = 0, turn = 0;
-  std::vector<Fibre*> waiting;
-  std::source_location at;
-  Value values[2][kWarp];     // of a warp, one per lane
-  unsigned count[2] = {0, 0};  // of a block: for how many threads the predicate holds, of how many
-  unsigned arrived[2] = {0, 0};
-  char order[2];               // addresses by which TSan is told what the barrier orders
-};
-
-struct Warp {
-  unsigned live = 0;
-  uint64_t priority = 0;
-  std::deque<Meeting> meetings;
-  struct { unsigned mask; Meeting* meeting; } known[kWarp];  // the same for the fibres, which read plain data only
-  unsigned n_known = 0;
-};
-
-enum class Request { start, done, go_on, spin, warp, block, grid, meeting, shared, trap };
-
-struct Fibre : Context {
-  uint3 index;
-  unsigned lane;
-  Warp* warp;
-  Block* block;
-  uint64_t priority;
-  // The request ...
-  Request request = Request::start;
-  std::source_location at;
-  Value value;
-  unsigned mask;
-  const void* id;
-  size_t bytes;
-  // ... and its answer.
-  Meeting* meeting;
-  unsigned turn;
-  void* memory;
-  // For TSan: a fence came since the last barrier; the atomics that a fence would make this thread see.
-  bool fenced = false;
-  void* touched[8] = {};
-  unsigned n_touched = 0;
-};
-
-struct Block {
-  uint3 index;
-  unsigned rank, live;
-  std::vector<Warp> warps;
-  std::vector<Fibre> fibres;
-  Meeting meeting;
-  struct { const void* id; char* data; size_t bytes; } shared[kWarp];
-  unsigned n_shared = 0;
-  size_t shared_bytes = 0;
-  std::optional<Stacks> stacks;
-  Block() = default;
-  Block(Block&&) = delete;
-  ~Block() { for (unsigned i = 0; i < n_shared; ++i) std::free(shared[i].data); }
-};
+constexpr size_t kRaceDetectorThreads = 6000;  // gcc 12's TSan has 8128 ids; reused ones hide races
 
 class Scheduler {
  public:
-  // What fibres read.
-  Shape shape;
-  Fibre* self = nullptr;
-  Context host;
-  Meeting grid_meeting;
-  void (*kernel)(void*) = nullptr;
-  void* arguments = nullptr;
-  char begin, end;  // TSan: the launch, and its completion
-
-  EMULATION_HIDDEN uint64_t random() {
-    random_ ^= random_ << 13;
-    random_ ^= random_ >> 7;
-    return random_ ^= random_ << 17;
-  }
-
   void launch(const Shape& launch_shape, void (*call)(void*), void* call_arguments);
 
  private:
   EMULATION_HIDDEN void resume(Fibre& fibre) {
-    self = &fibre;
-    switch_context(host, fibre);
-    self = nullptr;
+    running.self = &fibre;
+    switch_context(running.host, fibre);
+    running.self = nullptr;
   }
   void start_block(unsigned rank);
   void retire(Block& block);
@@ -149,7 +53,6 @@ class Scheduler {
   void fail(const std::string& why, const Fibre& fibre);
   std::string deadlock() const;
 
-  uint64_t random_ = 1;
   std::string failure_;
   std::deque<std::unique_ptr<Block>> blocks_, retired_;
   std::vector<Fibre*> ready_, spinning_;
@@ -161,109 +64,9 @@ class Scheduler {
 };
 inline Scheduler scheduler;
 
-// ---- On a fibre.
-
-EMULATION_HIDDEN void ask(Request request) {
-  Fibre* fibre = scheduler.self;
-  fibre->request = request;
-  switch_context(*fibre, scheduler.host);
-}
-
-EMULATION_HIDDEN void run_thread() {
-  arrived_from(scheduler.host);
-  EMULATION_TSAN(__tsan_acquire(&scheduler.begin);)
-  scheduler.kernel(scheduler.arguments);
-  EMULATION_TSAN(__tsan_release(&scheduler.end);)
-  ask(Request::done);
-}
-
-EMULATION_HIDDEN Meeting& meeting_of_warp(unsigned mask) {
-  Fibre* fibre = scheduler.self;
-  for (unsigned i = 0; i < fibre->warp->n_known; ++i) {
-    if (fibre->warp->known[i].mask == mask) return *fibre->warp->known[i].meeting;
-  }
-  ask(Request::meeting);
-  return *fibre->meeting;
-}
-
-EMULATION_HIDDEN void wait(Request request, Meeting& meeting, bool orders_memory, std::source_location at) {
-  Fibre* fibre = scheduler.self;
-  fibre->at = at;
-  fibre->meeting = &meeting;
-  EMULATION_TSAN(if (orders_memory) __tsan_release(&meeting.order[meeting.turn]);)
-  ask(request);
-  EMULATION_TSAN(if (orders_memory) __tsan_acquire(&meeting.order[fibre->turn]);)
-  if (orders_memory) fibre->fenced = false;  // what was just seen has to be fenced anew to be passed on
-}
-
-struct Vote {
-  unsigned count, of;
-};
-EMULATION_HIDDEN Vote wait_for_block(bool predicate, std::source_location at) {
-  Fibre* fibre = scheduler.self;
-  fibre->mask = predicate;
-  wait(Request::block, fibre->block->meeting, true, at);
-  return {fibre->meeting->count[fibre->turn], fibre->meeting->arrived[fibre->turn]};
-}
-EMULATION_HIDDEN void wait_for_grid(std::source_location at) {
-  wait(Request::grid, scheduler.grid_meeting, true, at);
-}
-EMULATION_HIDDEN void wait_for_warp(unsigned mask, std::source_location at) {
-  scheduler.self->mask = mask;
-  scheduler.self->at = at;
-  wait(Request::warp, meeting_of_warp(mask), true, at);
-}
-// The values of all lanes in the mask. Orders no memory, as CUDA's shuffles and votes do not.
-template <class T>
-EMULATION_HIDDEN const Value* exchange(unsigned mask, T value, std::source_location at) {
-  static_assert(sizeof(T) <= sizeof(Value));
-  Fibre* fibre = scheduler.self;
-  fibre->mask = mask;
-  fibre->at = at;
-  __builtin_memcpy(fibre->value.bytes, &value, sizeof(T));
-  wait(Request::warp, meeting_of_warp(mask), false, at);
-  return fibre->meeting->values[fibre->turn];
-}
-
-EMULATION_HIDDEN void* shared_memory(const void* id, size_t bytes, std::source_location at) {
-  Fibre* fibre = scheduler.self;
-  const Block& block = *fibre->block;
-  void* found = nullptr;
-  for (unsigned i = 0; i < block.n_shared; ++i) {
-    if (block.shared[i].id == id) found = block.shared[i].data;
-  }
-  if (!found) {
-    fibre->id = id, fibre->bytes = bytes, fibre->at = at;
-    ask(Request::shared);
-    found = fibre->memory;
-  }
-  EMULATION_TSAN(__tsan_acquire(&scheduler.begin);)  // the scheduler filled it
-  return found;
-}
-
-[[noreturn]] EMULATION_HIDDEN void trap(std::source_location at) {
-  scheduler.self->at = at;
-  ask(Request::trap);
-  __builtin_unreachable();
-}
-
-// ---- On the caller's stack.
-
 template <class Function>
 void launch(const Shape& shape, Function&& body) {
   scheduler.launch(shape, [](void* f) { (*static_cast<std::remove_reference_t<Function>*>(f))(); }, &body);
-}
-
-inline std::string place(const std::source_location& at) {
-  const std::string file = at.file_name();
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(at.line());
-}
-
-inline std::string name(const Fibre& fibre) {
-  auto tuple = [](uint3 i) {
-    return i.y || i.z ? "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")" : std::to_string(i.x);
-  };
-  return "block " + tuple(fibre.block->index) + " thread " + tuple(fibre.index) + " at " + place(fibre.at);
 }
 
 inline void Scheduler::fail(const std::string& why, const Fibre& fibre) {
@@ -272,7 +75,7 @@ inline void Scheduler::fail(const std::string& why, const Fibre& fibre) {
 
 inline void Scheduler::make_ready(Fibre& fibre) {
   const bool interrupted = fibre.request == Request::go_on;
-  fibre.priority = interrupted ? random() : settings.seed == 0 ? fibre.index.x : settings.seed % 2 ? fibre.warp->priority : random();
+  fibre.priority = interrupted ? running.random() : settings.seed == 0 ? fibre.index.x : settings.seed % 2 ? fibre.warp->priority : running.random();
   ready_.push_back(&fibre);
   std::push_heap(ready_.begin(), ready_.end(), [](Fibre* a, Fibre* b) { return a->priority < b->priority; });
 }
@@ -324,7 +127,7 @@ inline void Scheduler::finished(Fibre& fibre) {
   fibre.warp->live &= ~(1u << fibre.lane);
   if (block.live == 0) {
     ++finished_blocks_;
-    if (!grid_meeting.waiting.empty()) return fail(kGridWaitsForFinished, fibre);
+    if (!running.grid_meeting.waiting.empty()) return fail(kGridWaitsForFinished, fibre);
   }
   for (const Meeting& meeting : fibre.warp->meetings) {
     if (!meeting.waiting.empty() && meeting.mask >> fibre.lane & 1) {
@@ -332,7 +135,7 @@ inline void Scheduler::finished(Fibre& fibre) {
     }
   }
   release_if_complete(block.meeting, block.live);  // a thread that has finished is not waited for
-  release_if_complete(grid_meeting, live_);
+  release_if_complete(running.grid_meeting, live_);
   if (block.live == 0) retire(block);
 }
 
@@ -347,7 +150,7 @@ inline void Scheduler::allocate_shared(Fibre& fibre) {
   if (posix_memalign(&data, 128, std::max<size_t>(fibre.bytes, 1))) throw std::bad_alloc();
   std::memset(data, 0xFF, fibre.bytes);  // NaN, or -1
   block.shared[block.n_shared++] = {fibre.id, static_cast<char*>(data), fibre.bytes};
-  EMULATION_TSAN(__tsan_release(&begin);)
+  EMULATION_TSAN(__tsan_release(&running.begin);)
   fibre.memory = data;
   make_ready(fibre);
 }
@@ -359,7 +162,7 @@ inline void Scheduler::answer(Fibre& fibre) {
     case Request::spin: return spinning_.push_back(&fibre);
     case Request::block: return arrive(*fibre.meeting, fibre, fibre.block->live);
     case Request::grid:
-      if (!shape.cooperative) return fail("a barrier of the grid in a launch that is not cooperative", fibre);
+      if (!running.shape.cooperative) return fail("a barrier of the grid in a launch that is not cooperative", fibre);
       if (finished_blocks_) return fail(kGridWaitsForFinished, fibre);
       return arrive(*fibre.meeting, fibre, live_);
     case Request::meeting: {
@@ -388,7 +191,7 @@ EMULATION_TSAN(inline void* Scheduler::race_detector() {
 })
 
 inline void Scheduler::start_block(unsigned rank) {
-  const dim3 grid = shape.grid, size = shape.block;
+  const dim3 grid = running.shape.grid, size = running.shape.block;
   const unsigned threads = size.x * size.y * size.z;
   Block& block = *blocks_.emplace_back(std::make_unique<Block>());
   block.index = {rank % grid.x, rank / grid.x % grid.y, rank / grid.x / grid.y};
@@ -396,7 +199,7 @@ inline void Scheduler::start_block(unsigned rank) {
   block.live = threads;
   live_ += threads;
   block.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
-  for (Warp& warp : block.warps) warp.priority = random();
+  for (Warp& warp : block.warps) warp.priority = running.random();
   if (free_stacks_.empty()) {
     block.stacks.emplace(threads);
   } else {
@@ -445,15 +248,15 @@ inline std::string Scheduler::deadlock() const {
 }
 
 inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), void* call_arguments) {
-  shape = launch_shape;
-  kernel = call;
-  arguments = call_arguments;
-  random_ = (settings.seed + 1) * 0x9E3779B97F4A7C15u;
+  running.shape = launch_shape;
+  running.kernel = call;
+  running.arguments = call_arguments;
+  running.random_state = (settings.seed + 1) * 0x9E3779B97F4A7C15u;
   failure_.clear();
   fruitless_rounds_ = finished_blocks_ = 0;
-  grid_meeting.waiting.clear();
-  const uint64_t blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
-  const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z;
+  running.grid_meeting.waiting.clear();
+  const uint64_t blocks = uint64_t(running.shape.grid.x) * running.shape.grid.y * running.shape.grid.z;
+  const uint64_t threads = uint64_t(running.shape.block.x) * running.shape.block.y * running.shape.block.z;
   if (!blocks || !threads || threads > 1024) {
     throw Error("launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads: expected at least 1, and at most 1024 threads");
   }
@@ -463,14 +266,14 @@ inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), vo
   if (free_stacks_of_ != threads) free_stacks_.clear();
   free_stacks_of_ = threads;
   race_detectors_used_ = 0;
-  EMULATION_TSAN(host.race_detector = __tsan_get_current_fiber(); __tsan_release(&begin);)
+  EMULATION_TSAN(running.host.race_detector = __tsan_get_current_fiber(); __tsan_release(&running.begin);)
 
   std::vector<unsigned> order(blocks);
   for (unsigned rank = 0; rank < blocks; ++rank) order[rank] = rank;
   if (settings.seed) {
-    for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+    for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[running.random() % i]);
   }
-  const size_t resident = shape.cooperative ? blocks : 1 + settings.seed / 2 % 4;
+  const size_t resident = running.shape.cooperative ? blocks : 1 + settings.seed / 2 % 4;
   size_t started = 0;
   while (failure_.empty()) {
     while (started < blocks && blocks_.size() < resident) start_block(order[started++]);
@@ -481,7 +284,7 @@ inline void Scheduler::launch(const Shape& launch_shape, void (*call)(void*), vo
   }
   if (live_ && failure_.empty()) failure_ = deadlock();
 
-  EMULATION_TSAN(__tsan_acquire(&end);)
+  EMULATION_TSAN(__tsan_acquire(&running.end);)
   for (auto& block : retired_) free_stacks_.push_back(std::move(*block->stacks));
   retired_.clear();
   blocks_.clear();

@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "scheduler.h"
+#include "threads.h"
 
 namespace emulation {
 
@@ -36,8 +36,8 @@ EMULATION_HIDDEN void count(const void* address, size_t bytes, bool write) {
 }
 
 EMULATION_HIDDEN void access(const void* address, size_t bytes, bool write) {
-  if (!scheduler.self || counting) return;  // the scheduler's own
-  if (scheduler.random() % 8 == 0) ask(Request::go_on);
+  if (!running.self || counting) return;  // the scheduler's own
+  if (running.random() % 8 == 0) ask(Request::go_on);
   count(address, bytes, write);
 }
 
