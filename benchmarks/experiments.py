@@ -1,9 +1,10 @@
 """Does leaving pixels out help? Many small runs that differ in one setting and in the seed, and a report of them.
 
     python benchmarks/experiments.py photographs --data DIR     # the strategies on data in the REFER layout
-    python benchmarks/experiments.py scenes                     # the strategies and settings on rendered scenes
+    python benchmarks/experiments.py scenes                     # the strategies on rendered scenes
+    python benchmarks/experiments.py settings                   # on the same scenes, the settings one at a time
 
-    runs/experiments/<name>/<variant>-<seed>/       ordinary runs of `aml train`, with their evaluations
+    runs/experiments/<data>/<variant>-<seed>/       ordinary runs of `aml train`, with their evaluations
     docs/experiments/<name>/report.md, *.png        what came out
 
 Whatever is finished is not done again: a call that was interrupted is simply repeated. All runs of an experiment have
@@ -45,7 +46,8 @@ STRATEGIES = {
     "image": ["alignment.strategy=image"],
     "image-gaussian": ["alignment.strategy=image", "alignment.projection=gaussian"],
 }
-SETTINGS = {  # of `loss`, one at a time, and a control of the higher quantiles
+SETTINGS = {
+    **{name: STRATEGIES[name] for name in ("none", "loss", "random")},
     "quantile-0.5": ["alignment.quantile=0.5"],
     "quantile-0.75": ["alignment.quantile=0.75"],
     "random-0.5": ["alignment.strategy=random", "alignment.quantile=0.5"],
@@ -57,10 +59,11 @@ SETTINGS = {  # of `loss`, one at a time, and a control of the higher quantiles
 
 @dataclass(frozen=True)
 class Experiment:
-    """variants: settings by name; the first is what the others are compared with. disturbed: evaluated on disturbed
-    photographs too, with the first seed."""
+    """variants: settings by name; the first is what the others are compared with. data: the folder of its runs, which
+    experiments on the same data share. disturbed: evaluated on disturbed photographs too, with the first seed."""
 
     about: str
+    data: str
     variants: dict[str, list[str]]
     common: tuple[str, ...]
     split: str
@@ -72,17 +75,21 @@ SMALL = (
     "data.augment=false",  # so that the frozen encoders see each image once
     "train.batch_size=8", "train.workers=0", "train.keep=1", "eval.every=1000",
 )  # fmt: skip
+SCENES_COMMON = (*SMALL, "model.image_size=192", "train.steps=500")
 EXPERIMENTS = {
     "photographs": Experiment(
         "The strategies on photographs. The set is far too small for a claim about the method: it shows that the "
         "machinery works on real data, and how large the noise is.",
-        STRATEGIES, (*SMALL, "model.image_size=224", "train.epochs=12"), "val",
+        "photographs", STRATEGIES, (*SMALL, "model.image_size=224", "train.epochs=12"), "val",
         disturbed=("none", "random", "easiest", "loss", "image"),
     ),
     "scenes": Experiment(
-        "The strategies, and the settings of `loss` one at a time, on rendered scenes.",
-        STRATEGIES | SETTINGS, (*SMALL, "model.image_size=192", "train.steps=500"), "test",
+        "The strategies on rendered scenes.", "scenes", STRATEGIES, SCENES_COMMON, "test",
         disturbed=("none", "loss"),
+    ),
+    "settings": Experiment(
+        "Settings of `loss` on rendered scenes, one at a time, and a control of the higher quantile.",
+        "scenes", SETTINGS, SCENES_COMMON, "test",
     ),
 }  # fmt: skip
 
@@ -202,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "docs/experiments", help="default: docs/experiments")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: one per core")
     options = parser.parse_args(arguments)
-    folder = options.out.resolve() / options.name
+    plan = EXPERIMENTS[options.name]
+    folder = options.out.resolve() / plan.data
     if options.name == "photographs" and options.data is None:
         parser.error("photographs: give --data, a folder with annotations in the REFER layout")
     data = options.data.resolve() if options.data else folder.parent / "data"
@@ -210,7 +218,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         render_scenes(data, **SCENES)
     runs = runs_of(options.name, data, folder)
     side_by_side(options.jobs, [run.make for run in runs if not run.finished])
-    plan = EXPERIMENTS[options.name]
     side_by_side(options.jobs, [r.disturb for r in runs if r.variant in plan.disturbed and r.seed == plan.seeds[0]])
     report(options.name, runs, options.report / options.name)
 

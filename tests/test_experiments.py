@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     common = [word for word in tiny.settings(data, encoder, folder) if not word.startswith(("data.root", "train.out"))]
     variants = {name: experiments.STRATEGIES[name] for name in ("none", "image-gaussian")}
     plan = experiments.Experiment(
-        "Two.", variants, (*common, "train.steps=4", "eval.every=100"), "val", (0, 3), ("image-gaussian",),
+        "Two.", "tiny", variants, (*common, "train.steps=4", "eval.every=100"), "val", (0, 3), ("image-gaussian",),
     )
     commands: list[tuple[str, ...]] = []
 
