@@ -51,6 +51,12 @@ def test_every_kernel_is_compiled_for_every_architecture(report):
         assert compiled == kernel_names.of_triton(), target
 
 
+def test_a_sanitizer_sees_every_kernel_in_few_programs(report):
+    """The limits in tests/gpu/run.py leave two seconds to compile each of them."""
+    assert set(report["sanitized"]) == {name for _, name in kernel_names.of_triton()}
+    assert sum(report["sanitized"].values()) <= 100, report["sanitized"]
+
+
 def test_the_fused_loss_is_compiled_for_amd(report):
     assert len([row for row in report["rows"] if row["target"] == "gfx942"]) == 4
 

@@ -78,7 +78,7 @@ def test_run_to_run(backend):
 def test_the_script_for_the_sanitizer_runs_every_kernel(backend):
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         with torch.device("cpu"):
-            every_kernel.main((backend,))
+            every_kernel.run(backend)
     launched = {event.name for event in record.events()}
     expected = kernel_names.of_cuda() if backend == "cuda" else {name for _, name in kernel_names.of_triton()}
     assert not {name for name in expected if not any(re.search(rf"\b{name}\b", event) for event in launched)}
