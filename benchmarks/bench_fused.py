@@ -52,18 +52,25 @@ Meter = measure.CpuMeter | measure_cuda.CudaMeter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a few workloads and samples, under a minute")
+    fewer = parser.add_mutually_exclusive_group()
+    fewer.add_argument("--quick", action="store_true", help="a few workloads and samples, under a minute")
+    fewer.add_argument(
+        "--workloads", choices=("goal", "others"), help="with --device cuda: those that the goal is about, or the rest",
+    )
     parser.add_argument("--sweep", action="store_true", help="then batch 1-64 and 224-1024 pixels")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to store the rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     options = parser.parse_args()
+    if options.workloads and options.device != "cuda":
+        parser.error("--workloads: only with --device cuda")
     torch.set_num_threads(options.threads)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # torch.compile misses a GPU
 
     if options.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda: needs an NVIDIA GPU that PyTorch sees (torch.cuda.is_available() is False)")
-        meter, effort, workloads = measure_cuda.CudaMeter(), ON_GPU, cases.on_gpu
+        meter, effort = measure_cuda.CudaMeter(), ON_GPU
+        workloads = {"goal": cases.goal, "others": cases.others, None: cases.on_gpu}[options.workloads]
     else:
         meter, effort, workloads = measure.CpuMeter(), FULL, cases.standard
     if options.quick:
@@ -82,13 +89,15 @@ def main() -> None:
     if options.sweep:
         print(tables.linearity(report["rows"]))
 
-    for backend in fused:
+    for backend in [] if options.workloads == "goal" else fused:
         calls, rounds = (50, 5) if options.quick else (100, 9) if meter.device == "cuda" else (1000, 15)
         report["overhead"] += overhead.host_overhead(meter.device, backend, calls=calls, rounds=rounds)
     print(tables.overhead(report["overhead"]))
     if meter.device == "cpu" and not options.quick:
         add_resident_memory(report["rows"], resident.measured(fused, options.threads))
         print(tables.memory(report["rows"]))
+    if meter.device == "cuda":
+        print(tables.goal(report["rows"], fused))
     store(report, options.json)
 
 
@@ -122,7 +131,7 @@ def benchmark(
         rows = [
             {
                 "op": workload.op, "case": workload.case, "dtype": workload.dtype, "pass": name, "provider": who,
-                "pixels": workload.pixels, "sweep": workload.sweep,
+                "pixels": workload.pixels, "sweep": workload.sweep, "goal": workload.goal,
                 "p20_ms": times[who][0] * 1e3, "p50_ms": times[who][1] * 1e3, "p80_ms": times[who][2] * 1e3,
                 "samples": len(seconds[who]),
                 "times_faster_than": {other: times[other][1] / times[who][1] for other in calls if other != who},

@@ -44,6 +44,7 @@ class Workload:
     pixels: int = 0
     compile: bool = True  #: also measure torch.compile of the definition
     sweep: bool = False
+    goal: bool = False  #: one of those that `goal` lists
 
     @property
     def dtype(self) -> str:
@@ -260,24 +261,34 @@ def quick(device: str) -> list[Callable[[], Workload]]:
     ]
 
 
-def on_gpu(device: str) -> list[Callable[[], Workload]]:
-    """Batch 32 at 480 x 480, as RIS models are trained. The first four are those of the goal.
-
-    `torch.compile` takes 10-20 s per graph, so that it is left to these and to one workload of the other operators.
-    """
+def goal(device: str) -> list[Callable[[], Workload]]:
+    """Batch 32 at 480 x 480, as RIS models are trained: what the fused losses are to reach on a GPU (tables.GOAL)."""
     full, half = ({"dtype": dtype, "device": device} for dtype in (torch.float32, torch.bfloat16))
-    compiled = [
+    builders = [
         *(lambda at=at: masked_loss(32, 480, 480, 15, **at) for at in (full, half)),
         *(lambda at=at: aml_loss(32, 480, 480, 15, 1024, **at) for at in (full, half)),
-        lambda: similarity(32, 120, 120, 256, **half), lambda: quantile(32, 480, 480, **full),
     ]
-    others = [
+    return [lambda build=build: replace(with_batch(build()), goal=True) for build in builders]
+
+
+def others(device: str) -> list[Callable[[], Workload]]:
+    """The rest of what is measured on a GPU, of the same size.
+
+    `torch.compile` takes 10-20 s per graph, so that it is left to one workload of each of the other operators.
+    """
+    full, half = ({"dtype": dtype, "device": device} for dtype in (torch.float32, torch.bfloat16))
+    compiled = [lambda: similarity(32, 120, 120, 256, **half), lambda: quantile(32, 480, 480, **full)]
+    rest = [
         lambda: masked_loss(32, 480, 120, 120, **full), lambda: aml_loss(32, 480, 120, 120, 256, **half),
         lambda: similarity(32, 15, 15, 1024, **half), lambda: similarity(32, 120, 120, 256, **full),
         lambda: quantile(32, 15, 15, **full), lambda: filter_regions(32, 480, 15, **full),
     ]
-    builders = [*compiled, *(lambda build=build: replace(build(), compile=False) for build in others)]
+    builders = [*compiled, *(lambda build=build: replace(build(), compile=False) for build in rest)]
     return [lambda build=build: with_batch(build()) for build in builders]
+
+
+def on_gpu(device: str) -> list[Callable[[], Workload]]:
+    return [*goal(device), *others(device)]
 
 
 def with_batch(workload: Workload) -> Workload:

@@ -1,5 +1,7 @@
 """The report as Markdown."""
 
+import operator
+
 PEERS = ("eager", "torch", "compile")
 
 
@@ -17,7 +19,8 @@ def heading(report: dict) -> str:
         text += (
             " Times are the GPU's, of calls in a CUDA graph (* where the call makes the host wait: of eager calls), on "
             "inputs that are not in the L2 cache. Share: of the bandwidth of a large copy, and of a copy of as many "
-            "bytes. Launches: kernels, copies and fills per call. Host: microseconds until the call returns."
+            "bytes; more than the memory's with a backward that finds in the L2 cache what the forward has read. "
+            "Launches: kernels, copies and fills per call. Host: microseconds until the call returns."
         )
     return text
 
@@ -69,6 +72,35 @@ def line(rows: list[dict], fused: list[str]) -> str:
             " / ".join(f"{row[w]['host_us']:.0f}" if w in row else "-" for w in who),
         ]
     return _line(cells)
+
+
+GOAL = (  # of the workloads of cases.goal: what, how to read it from a row, the bound, how it is written
+    ("share of a copy's bandwidth", lambda row: row["share_of_copy"], "at least", 0.85, "{:.1%}"),
+    ("times as fast as eager", lambda row: row["times_faster_than"].get("eager"), "at least", 10, "{:.1f}"),
+    ("times as fast as torch.compile", lambda row: row["times_faster_than"].get("compile"), "at least", 3, "{:.1f}"),
+    ("launches of a forward", lambda row: row["launches"] if row["pass"] == "forward" else 1, "at most", 1, "{}"),
+    ("extra memory in MB", lambda row: row["extra_memory_bytes"] / 1e6, "less than", 1, "{:.2f}"),
+)
+REACHES = {"at least": operator.ge, "at most": operator.le, "less than": operator.lt}
+
+
+def goal(rows: list[dict], fused: list[str]) -> str:
+    """A line for each part of the goal: the pass of a workload that is furthest from it, and whether it reaches it."""
+    rows = [row for row in rows if row["goal"] and row["provider"] in fused[-1:]]
+    if not rows:
+        return ""
+    lines = [""]
+    for what, read, relation, bound, form in GOAL:
+        values = [read(row) for row in rows]
+        if None in values:
+            outcome = "not measured"
+        else:
+            worst = (min if relation == "at least" else max)(values)
+            row, reached = rows[values.index(worst)], REACHES[relation](worst, bound)
+            where = ", ".join(row[key] for key in ("op", "case", "dtype", "pass"))
+            outcome = f"{'reached' if reached else 'not reached'}, {form.format(worst)} ({where})"
+        lines.append(f"Goal of {fused[-1]}, {what} {relation} {form.format(bound)}: {outcome}")
+    return "\n".join(lines)
 
 
 README = {  # the rows of its table: (op, case, pass)

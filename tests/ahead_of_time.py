@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import machine_code
 import planted_kernels
@@ -22,6 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton_calls import ALIKE, CALLS, EXPECTED, REPRESENTATIVE
+
+from aml_kernels import _backend
+
+sys.path.insert(0, str(Path(__file__).with_name("gpu")))
+
+import every_kernel  # noqa: E402
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32",
@@ -144,6 +151,16 @@ def alike() -> dict[str, list[str]]:
     return result
 
 
+def sanitized() -> Counter:
+    """How many programs of each kernel tests/gpu/every_kernel.py makes Triton compile."""
+    before, _backend.INTERPRETED = _backend.INTERPRETED, True  # for tensors on the CPU; nothing is run
+    try:
+        found = programs(lambda: every_kernel.run("triton", "cpu"))
+    finally:
+        _backend.INTERPRETED = before
+    return Counter(kernel.__name__ for kernel, _, _ in found.values())
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: a row per kernel, over all its programs; the architectures beside each other."""
     lines = [
@@ -175,7 +192,7 @@ def main() -> int:
     rows += compiled({name: CALLS[name] for name in (names[:1] if options.representative else names)}, [AMD])
     if options.json:
         planted = list(compiled({"planted": planted_kernels.call}, ["sm_90"]))
-        print(json.dumps({"rows": rows, "planted": planted, "alike": alike()}))
+        print(json.dumps({"rows": rows, "planted": planted, "alike": alike(), "sanitized": sanitized()}))
         return 0
     print(table(rows))
     wrong = [row for row in rows if row["faults"]]

@@ -145,13 +145,46 @@ def test_sets_of_inputs_share_no_memory():
         assert a.data_ptr() != b.data_ptr() and torch.equal(a, b)
 
 
+def rows_of_the_goal(**values):
+    row = {"op": "masked_loss", "case": "batch 32", "dtype": "float32", "goal": True, "provider": "cuda"}
+    row |= {"share_of_copy": 0.9, "times_faster_than": {"eager": 12.0, "compile": 4.0}, "extra_memory_bytes": 2e5}
+    rows = [row | {"pass": "forward", "launches": 1}, row | {"pass": "forward+backward", "launches": 2}]
+    slower = row | {"provider": "triton", "share_of_copy": 0.1, "pass": "forward", "launches": 3}
+    return [*rows, rows[0] | {"op": "aml_loss"} | values, slower, rows[0] | {"goal": False, "share_of_copy": 0.2}]
+
+
+def test_whether_the_goal_is_reached_is_told_by_the_row_that_is_furthest_from_it():
+    lines = tables.goal(rows_of_the_goal(), ["triton", "cuda"]).splitlines()[1:]
+    assert len(lines) == 5 and all(": reached, " in line and line.startswith("Goal of cuda, ") for line in lines)
+    short = rows_of_the_goal(
+        share_of_copy=0.61, times_faster_than={"eager": 9.9, "compile": 2.0}, launches=2, extra_memory_bytes=1e6,
+    )
+    lines = tables.goal(short, ["triton", "cuda"]).splitlines()[1:]
+    assert all(line.endswith("(aml_loss, batch 32, float32, forward)") and ": not reached, " in line for line in lines)
+    assert lines[0].startswith("Goal of cuda, share of a copy's bandwidth at least 85.0%: not reached, 61.0%")
+
+
+def test_a_goal_that_was_not_measured_is_not_reached():
+    lines = tables.goal(rows_of_the_goal(launches=None, times_faster_than={"eager": 12.0}), ["cuda"]).splitlines()[1:]
+    assert ["not measured" in line for line in lines] == [False, False, True, True, False]
+    assert tables.goal(rows_of_the_goal(), []) == "" == tables.goal([], ["cuda"])
+
+
 def test_the_goal_is_measured():
     built = [build() for build in cases.on_gpu("meta")]
+    assert [w.goal for w in built] == [True] * 4 + [False] * (len(built) - 4)
     assert {w.op for w in built} == {name for name in aml_kernels.__all__ if name.islower()}
     for op, case in (("masked_loss", "map 15x15"), ("aml_loss", "features 15x15x1024")):
         for dtype in ("float32", "bfloat16"):
             goal, = (w for w in built[:4] if w.op == op and w.dtype == dtype)
             assert goal.case == f"batch 32, 480x480, logits 480x480, {case}" and goal.compile
+
+
+def test_workloads_of_a_gpu_are_not_for_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_fused.py", "--workloads", "goal"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--device cuda" in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -103,6 +103,50 @@ def test_the_plan_names_what_exists(tmp_path):
                 assert (driver.ROOT / word).is_file(), f"{p.name}: {word}"
 
 
+def test_the_figures_of_the_goal_follow_the_tests_of_what_reaches_it(tmp_path):
+    names = [p.name for p in driver.parts(tmp_path)]
+    assert names[:4] == ["build", "about", "cuda", "goal"] and names[-1] == "others"
+    assert names.index("features") < names.index("memcheck-triton")  # which finds its programs compiled
+
+
+def test_there_is_time_to_compile_what_a_sanitizer_watches(tmp_path):
+    """Two seconds a program, in the part and in the one test that do it."""
+    limits = {p.name: p for p in driver.parts(tmp_path)}
+    assert f"--timeout={2 * driver.PROGRAMS}" in limits["features"].command
+    assert min(limits[name].seconds for name in ("features", "memcheck-triton")) > 2 * driver.PROGRAMS
+
+
+def test_initcheck_sees_what_other_kernels_write(tmp_path):
+    passing_over = {p.name for p in driver.parts(tmp_path) if "--kernel-name-exclude" in p.command}
+    assert passing_over == {"memcheck", "racecheck", "synccheck", "memcheck-triton"}
+
+
+def test_a_test_that_hangs_costs_no_other(tmp_path):
+    """Not even one in C code, as waiting for a GPU is."""
+    pytest.importorskip("xdist")
+    pytest.importorskip("pytest_timeout")
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    (tmp_path / "test_x.py").write_text(
+        "import threading\nlock = threading.Lock()\n"
+        "def test_a(): pass\ndef test_b(): lock.acquire(), lock.acquire()\ndef test_c(): pass\n"
+    )
+    planned = driver.tests("x", 600, 1, 1, "--rootdir", str(tmp_path), str(tmp_path / "test_x.py"))
+    _, results = drive(tmp_path / "out", planned, minutes=10)
+    assert results["x"]["state"] == "failed" and "1 failed, 2 passed" in results["x"]["says"]
+
+
+def test_programs_that_lie_beside_python_are_found(tmp_path):
+    """As ninja does where pip installed it; of several, the one on PATH is taken."""
+    script = "import os; print('done', os.environ['PATH'])"
+    _, results = drive(tmp_path, part("a", script))
+    assert results["a"]["says"].split(":")[-1] == str(Path(sys.executable).parent)
+
+
+def test_all_lines_that_show_what_was_done_are_told(tmp_path):
+    _, results = drive(tmp_path, part("a", "print('done 1'); print('x'); print('done 2')"))
+    assert results["a"]["says"].split("\n") == ["done 1", "    done 2"]
+
+
 def test_results_belong_to_the_sources(tmp_path, monkeypatch):
     (tmp_path / "setup.py").write_text("1")
     monkeypatch.setattr(driver, "ROOT", tmp_path)

@@ -32,7 +32,10 @@ SIZES = {
     "one row": ((1, 9), (1, 70)),
     "wide": ((3, 130), (12, 517)),  # more than one vector, and a rest
 }
-MAPS = {"coarse": (5, 7), "fine": (60, 71), "same": (52, 36), "one cell": (1, 1), "down and up": (80, 3)}
+MAPS = {
+    "coarse": (5, 7), "fine": (60, 71), "same": (52, 36), "one cell": (1, 1), "down and up": (80, 3),
+    "long": (130, 131),  # on a GPU several blocks select from it
+}
 
 OPTIONS = {
     "all": {},

@@ -36,7 +36,7 @@ LIMITS = {
     "quantile": {"quantile": 0.3}, "threshold": {"threshold": 0.1},
     "thresholds": {"threshold": torch.tensor([0.1, 0.2])}, "all": {},
 }
-FORWARD = ["forward_kernel", "limits_kernel", "forward_kernel"]
+FORWARD = ["similarity_kernel", "limits_kernel", "forward_kernel"]
 
 
 @pytest.mark.parametrize("logits", ((12, 17), (6, 9), (16, 20)), ids=("same", "smaller", "larger"))
@@ -87,7 +87,7 @@ def test_other_operators(monkeypatch):
     leaves = [x.requires_grad_() for x in features((5, 7)).values()]
     mask, grad, similarity = coin(3, 2, 4) | True, torch.zeros(2, 5, 7), normal(5, 2, 3, 4)
     result, names = launches(lambda: pixel_text_similarity(*leaves, mask, backend="triton"))
-    assert names == ["forward_kernel"]
+    assert names == ["similarity_kernel"]
     _, names = launches(lambda: torch.autograd.grad(result, leaves, grad))
     assert names == ["coefficients_kernel", "visual_kernel", "words_kernel", "text_kernel"]
     _, names = launches(

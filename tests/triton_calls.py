@@ -130,12 +130,12 @@ EXPECTED = {
     **{
         (call, f"{module}.{kernel}"): (1, products)
         for call, products in (("similarity bf16", 1), ("similarity fp16 last softmax", 1), ("similarity fp32", 0))
-        for module, kernel in (("similarity", "forward_kernel"), ("similarity_backward", "coefficients_kernel"))
+        for module, kernel in (("similarity", "similarity_kernel"), ("similarity_backward", "coefficients_kernel"))
     },
     ("similarity fp32", "similarity_backward.visual_kernel"): (8, 0),
     ("similarity fp32", "similarity_backward.words_kernel"): (2, 0),
-    ("similarity odd", "similarity.forward_kernel"): (0, 1),
-    ("aml_loss", "similarity.forward_kernel"): (0, 1),
+    ("similarity odd", "similarity.similarity_kernel"): (0, 1),
+    ("aml_loss", "similarity.similarity_kernel"): (0, 1),
     ("quantile short bf16", "quantile.quantile_kernel"): (4, 0),  # once for each digit
     ("quantile of a map", "quantile.quantile_kernel"): (4, 0),
     ("quantile long", "quantile.digits_kernel"): (1, 0),

@@ -187,14 +187,30 @@ def finish_sample(
 
 @triton.jit
 def add_up(partials, stride, parts, PARTIALS: tl.constexpr):
-    """The sum of a column, as int64 for counts. Read past the L1 cache: other programs wrote it."""
+    """The sum of a column, as int64 for counts. Read past the L1 cache: other programs wrote it.
+
+    Of an image of 2^31 pixels a lane adds up thousands of much the same numbers, whose roundings all have one sign:
+    what a sum in fp32 loses is added to the next number (Kahan), unless that sum is infinite.
+    """
     i = tl.arange(0, PARTIALS)
-    total = tl.zeros((PARTIALS,), tl.int64 if partials.dtype.element_ty == tl.int32 else tl.float32)
-    for start in range(0, parts, PARTIALS):
-        total += tl.load(
-            partials + (start + i).to(tl.int64) * stride, mask=start + i < parts, other=0, cache_modifier=".cg",
-        )
+    if partials.dtype.element_ty == tl.int32:
+        total = tl.zeros((PARTIALS,), tl.int64)
+        for start in range(0, parts, PARTIALS):
+            total += load_partials(partials, stride, start + i, parts)
+    else:
+        total = tl.zeros((PARTIALS,), tl.float32)
+        excess = total
+        for start in range(0, parts, PARTIALS):
+            part = load_partials(partials, stride, start + i, parts) - excess
+            higher = total + part
+            excess = tl.where(tl.abs(higher) < float("inf"), (higher - total) - part, 0.0)
+            total = higher
     return tl.sum(total, 0)
+
+
+@triton.jit
+def load_partials(partials, stride, i, parts):
+    return tl.load(partials + i.to(tl.int64) * stride, mask=i < parts, other=0, cache_modifier=".cg")
 
 
 def masked_loss(

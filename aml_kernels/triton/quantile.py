@@ -102,7 +102,7 @@ def digits_kernel(
     histogram, beyond, nans = count_digits(
         values, values_stride, valid, valid_stride, start, stop, prefix, 24 - 8 * LEVEL, BLOCK,
     )
-    tl.atomic_add(counts + LEVEL * BINS + tl.arange(0, BINS), histogram.to(tl.int64), mask=histogram > 0)
+    tl.atomic_add(counts + LEVEL * BINS + tl.arange(0, BINS), histogram.to(tl.int64), mask=histogram != 0)
     if LEVEL == 0:
         tl.atomic_add(counts + 4 * BINS, nans.to(tl.int64))
     if LEVEL == 3:

@@ -119,7 +119,8 @@ def key_after(histogram, place, key, beyond):
     digit = tl.arange(0, BINS)
     own = (key & (BINS - 1)).to(tl.int32)
     equal = tl.sum(tl.where(digit == own, histogram, 0), 0)
-    following = tl.min(tl.where((digit > own) & (histogram > 0), digit, BINS), 0)
+    # Not `> 0`: for AMD, Triton 3.8.0 may take that to be false of every histogram (triton#11246).
+    following = tl.min(tl.where((digit > own) & (histogram != 0), digit, BINS), 0)
     near = ((key >> 8) << 8) | following.to(tl.uint32)
     return tl.where(place + 1 < equal, key, tl.where(following < BINS, near, beyond))
 

@@ -12,7 +12,7 @@ __all__ = ["pixel_text_similarity", "pixel_text_similarity_backward"]
 
 
 @triton.jit(do_not_specialize=["words"])
-def forward_kernel(
+def similarity_kernel(
     visual, v_sample, v_channel, v_pixel, text, t_sample, t_word, t_channel, text_mask, mask_sample, mask_word,
     channels, pixels, words, scale, out, NORMALIZE: tl.constexpr, SOFTMAX: tl.constexpr, PIXELS: tl.constexpr,
     WORDS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
@@ -61,5 +61,5 @@ def pixel_text_similarity(
     arguments, samples, pixels, options = features(visual, text, text_mask, normalize)
     out = visual.new_empty((samples, *visual.shape[2:]) if visual.dim() == 4 else visual.shape[:2], dtype=torch.float32)
     with torch.cuda.device_of(visual):
-        forward_kernel[(samples * triton.cdiv(pixels, PIXELS),)](*arguments, scale, out, SOFTMAX=softmax, **options)
+        similarity_kernel[(samples * triton.cdiv(pixels, PIXELS),)](*arguments, scale, out, SOFTMAX=softmax, **options)
     return out

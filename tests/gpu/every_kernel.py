@@ -6,6 +6,7 @@
 import itertools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,19 +15,55 @@ from helpers import coin, laid_out, loss_inputs, normal  # noqa: E402
 
 import aml_kernels  # noqa: E402
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("uint8", "bool", "soft", "soft bf16")
-# Logits, target, map: equal sizes in whole vectors and with a rest, logits to enlarge and to shrink, several blocks.
-SIZES = (
-    ((16, 64), (16, 64), (4, 4)), ((24, 33), (24, 33), (5, 7)), ((13, 9), (52, 36), (52, 36)),
-    ((48, 40), (17, 23), (1, 1)), ((96, 100), (190, 200), (14, 14)),
-)
-LAYOUTS = (("contiguous",), ("cut", "sliced", "batch_last", "transposed"))
+F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+
+
+class Inputs(NamedTuple):
+    """Of every kind of input one after the other: each of these with each."""
+
+    types: tuple[torch.dtype, ...]
+    losses: tuple[tuple[torch.dtype, str], ...]  #: type of logits and map, kind of target
+    sizes: tuple[tuple, ...]  #: of logits, target and map
+    strided: tuple[bool, ...]
+    features: tuple[tuple, ...]  #: channels, rows and columns; words
+    lengths: tuple[int, ...]  #: of samples to select from
+    blocks: tuple[int, ...]  #: sides of regions
+
+
+INPUTS = {
+    "cuda": Inputs(
+        types=(F32, BF16, F16),
+        losses=tuple(itertools.product((F32, BF16, F16), ("uint8", "bool", "soft", "soft bf16"))),
+        # Equal sizes in whole vectors and with a rest, logits to enlarge and to shrink, several blocks, and a map that
+        # several blocks select from.
+        sizes=(
+            ((16, 64), (16, 64), (4, 4)), ((24, 33), (24, 33), (5, 7)), ((13, 9), (52, 36), (52, 36)),
+            ((48, 40), (17, 23), (1, 1)), ((96, 100), (190, 200), (14, 14)), ((24, 32), (24, 32), (130, 131)),
+        ),
+        strided=(False, True),
+        features=(((37, 5, 7), 6), ((64, 16, 16), 20), ((96, 9, 33), 77)),
+        lengths=(1, 49, 5000, 70_001),
+        blocks=(1, 16, 32),
+    ),
+    # Triton compiles a program for nearly each combination, which takes a second or two: few, each with a rest. The
+    # longest samples are those that several programs select from. test_triton_compile.py counts the programs.
+    "triton": Inputs(
+        types=(F32, BF16),
+        losses=((F32, "soft"), (BF16, "uint8")),
+        sizes=(((24, 33), (24, 33), (5, 7)), ((96, 100), (190, 200), (130, 131))),
+        strided=(False,),
+        features=(((37, 5, 7), 6), ((96, 9, 33), 77)),
+        lengths=(49, 70_001, 300_001),
+        blocks=(1, 32),
+    ),
+}
 
 
 def losses(backend: str, device: str) -> None:
-    options = {"class_weight": (0.9, 1.1), "return_stats": True, "backend": backend}
-    for dtype, kind, (logits, target, cells), layouts in itertools.product(TYPES, KINDS, SIZES, LAYOUTS):
+    given, options = INPUTS[backend], {"class_weight": (0.9, 1.1), "return_stats": True, "backend": backend}
+    for (dtype, kind), sizes, strided in itertools.product(given.losses, given.sizes, given.strided):
+        logits, target, cells = sizes
+        layouts = ("cut", "sliced", "batch_last", "transposed") if strided else ("contiguous",)
         inputs = loss_inputs(
             batch=2, logits=logits, target=target, map=cells, dtype=dtype, kind=kind, map_dtype=dtype, layouts=layouts,
         )
@@ -46,23 +83,30 @@ def losses(backend: str, device: str) -> None:
 
 
 def similarities(backend: str, device: str) -> None:
-    shapes = (((37, 5, 7), 6), ((64, 16, 16), 20), ((96, 9, 33), 77))
-    for dtype, softmax, (shape, words) in itertools.product(TYPES, (False, True), shapes):
-        for layout, masked in (("contiguous", True), ("transposed", False)):
-            visual, text, mask = features(dtype, shape, words, layout)
-            leaves = [on(device, x).requires_grad_() for x in (visual, text)]
-            mask = on(device, mask) if masked else None
-            aml_kernels.pixel_text_similarity(*leaves, mask, softmax=softmax, backend=backend).sum().backward()
+    given = INPUTS[backend]
+    for dtype, softmax, (shape, words), strided in itertools.product(
+        given.types, (False, True), given.features, given.strided,
+    ):
+        visual, text, mask = features(dtype, shape, words, "transposed" if strided else "contiguous")
+        leaves = [on(device, x).requires_grad_() for x in (visual, text)]
+        mask = None if strided else on(device, mask)
+        aml_kernels.pixel_text_similarity(*leaves, mask, softmax=softmax, backend=backend).sum().backward()
 
 
 def selections(backend: str, device: str) -> None:
-    for dtype, length, layout in itertools.product(TYPES, (1, 49, 5000, 70_001), ("contiguous", "sliced")):
+    given = INPUTS[backend]
+    for dtype, length, strided in itertools.product(given.types, given.lengths, given.strided):
         drawn = normal(0, 2, length, dtype=dtype), coin(1, 2, length)
-        values, valid = (on(device, laid_out(x, layout)) for x in drawn)
+        values, valid = (on(device, laid_out(x, "sliced" if strided else "contiguous")) for x in drawn)
         q = torch.tensor([0.25, 0.75]).to(device)
         aml_kernels.sample_quantile(values, 0.25, backend=backend)
         aml_kernels.sample_quantile(values, q, valid=valid, interpolation="nearest", backend=backend)
-    for dtype, block, layout in itertools.product((*TYPES, torch.uint8), (1, 16, 32), ("contiguous", "transposed")):
+
+
+def regions(backend: str, device: str) -> None:
+    given = INPUTS[backend]
+    for dtype, block, strided in itertools.product((*given.types, U8), given.blocks, given.strided):
+        layout = "transposed" if strided else "contiguous"
         image, similarity = laid_out(normal(0, 2, 3, 70, 97).to(dtype), layout), laid_out(normal(1, 2, 5, 7), layout)
         image, similarity, protect = (on(device, x) for x in (image, similarity, coin(2, 2, 70, 97, share=0.01)))
         for limit in ({"quantile": 0.3}, {"threshold": 0.0, "protect": protect}):
@@ -85,15 +129,13 @@ def on(device: str, tensor: torch.Tensor) -> torch.Tensor:
     return memory.to(device).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-def main(backends: tuple[str, ...], device: str = "cuda") -> None:
-    for backend in backends:
-        losses(backend, device)
-        similarities(backend, device)
-        selections(backend, device)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"every kernel of {' and '.join(backends)} ran")
+def run(backend: str, device: str = "cuda") -> None:
+    for operators in (losses, similarities, selections, regions):
+        operators(backend, device)
 
 
 if __name__ == "__main__":
-    main(tuple(sys.argv[1:]))
+    for name in sys.argv[1:]:
+        run(name)
+        torch.cuda.synchronize()
+        print(f"every kernel of {name} ran")

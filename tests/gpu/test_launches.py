@@ -1,16 +1,15 @@
 """Where and when kernels run: no host synchronisation, the current stream, the tensors' own device; and all of them."""
 
 import re
-from pathlib import Path
 
 import every_kernel
+import kernel_names
 import pytest
 import steps
 import torch
 from helpers import same_bits
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parents[2]
 CYCLES = 100_000_000  # some 50 ms
 
 
@@ -76,21 +75,10 @@ def test_run_to_run(backend):
             assert same_bits(a, b)
 
 
-def kernels_of(backend) -> set[str]:
-    """Names of the kernels in the sources."""
-    sources = ROOT.glob("csrc/cuda/*.cu*" if backend == "cuda" else "aml_kernels/triton/*.py")
-    pattern = {
-        "cuda": r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(",
-        "triton": r"@triton\.jit\s*\ndef (\w+_kernel)\(",
-    }[backend]
-    return {name for source in sources for name in re.findall(pattern, source.read_text())}
-
-
 def test_the_script_for_the_sanitizer_runs_every_kernel(backend):
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         with torch.device("cpu"):
-            every_kernel.main((backend,))
+            every_kernel.run(backend)
     launched = {event.name for event in record.events()}
-    expected = kernels_of(backend)
-    assert expected
+    expected = kernel_names.of_cuda() if backend == "cuda" else {name for _, name in kernel_names.of_triton()}
     assert not {name for name in expected if not any(re.search(rf"\b{name}\b", event) for event in launched)}
