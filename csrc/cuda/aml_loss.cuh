@@ -27,22 +27,6 @@ union AmlShared {
   Selection selection;
 };
 
-// ---- while blocks wait for each other, and for thresholds, memory would be idle: the first rows that this block will
-// sum are fetched to the L2 cache meanwhile; of all blocks together 16 MB or so.
-
-constexpr uint32_t kLineBytes = 128, kPrefetchedLines = 512;
-
-__device__ __forceinline__ void prefetch_strips(const LossCall& call, const Plane& plane, uint32_t element_bytes, const StripRun& run) {
-  if (plane.column_stride != 1 || plane.rows != call.rows || plane.columns != call.columns) return;
-  const uint32_t top = run.strip * kWarp / call.items_across, bottom = (run.end(call) * kWarp - 1) / call.items_across;
-  const uint32_t bands = bottom - top + 1, row_lines = (call.columns * element_bytes + kLineBytes - 1) / kLineBytes;
-  for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
-    const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
-    const int64_t offset = run.sample * plane.sample_stride + y * plane.row_stride;
-    if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * element_bytes + (i - row * row_lines) * kLineBytes);
-  }
-}
-
 // ---- kernel
 
 // Calls f(Way) with the way of that number.
@@ -67,9 +51,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCal
       similarity_tile<T>(call.similarity, sample, (i - sample * tiles) * kTileCells, call.map, shared.tile);
     }
   });
-  const StripRun run(call.loss);
-  prefetch_strips(call.loss, call.loss.logits, call.loss.logits.type == Type::f32 ? 4 : 2, run);
-  prefetch_strips(call.loss, call.loss.target, 1, run);
+  prefetch_strips(call.loss);
   grid_barrier();
 
   with_way_number(call.way, [&](auto way) {

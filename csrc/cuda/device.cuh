@@ -143,6 +143,10 @@ __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
   *reinterpret_cast<Word<T, N>*>(to) = bit_cast<Word<T, N>>(pack);
 }
 
+__host__ __device__ __forceinline__ int bytes_of(Type type) {
+  return type == Type::u8 ? 1 : type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
+}
+
 // One element of a plane of any type; `offset` in elements.
 __device__ __forceinline__ float load_element(const void* data, Type type, int64_t offset) {
   switch (type) {
@@ -175,6 +179,8 @@ __device__ __forceinline__ void with_type(Type type, const void* data, F f) {
 __device__ __forceinline__ void prefetch(const void* line) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#elif defined(AML_EMULATED)
+  emulation::prefetch(line);
 #else
   (void)line;
 #endif

@@ -105,7 +105,7 @@ __device__ __forceinline__ float find_limit(const LossCall& call, const Values& 
   return team_quantile<kLossThreads>(values, team, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
 }
 
-// ---- sums
+// ---- strips
 
 // What is left of a block's strips: `strips` of them, from one of a sample on.
 struct StripRun {
@@ -127,6 +127,30 @@ struct StripRun {
     ++sample, strip = 0;
   }
 };
+
+// While blocks look for thresholds, and wait for each other, memory would be idle: the first rows that a block will sum
+// are fetched to the L2 cache meanwhile, up to 64 KB of the logits and of the target each.
+constexpr uint32_t kLineBytes = 128, kPrefetchedLines = 512;
+
+__device__ __forceinline__ void prefetch_rows(const LossCall& call, const Plane& plane, const StripRun& run) {
+  if (plane.column_stride != 1 || plane.rows != call.rows || plane.columns != call.columns) return;
+  const uint32_t bytes = bytes_of(plane.type), row_lines = (call.columns * bytes + kLineBytes - 1) / kLineBytes;
+  const uint32_t top = run.strip * kWarp / call.items_across, bottom = (run.end(call) * kWarp - 1) / call.items_across;
+  const uint32_t bands = bottom - top + 1;
+  for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
+    const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
+    const int64_t offset = run.sample * plane.sample_stride + y * plane.row_stride;
+    if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * bytes + (i - row * row_lines) * kLineBytes);
+  }
+}
+
+__device__ __forceinline__ void prefetch_strips(const LossCall& call) {
+  const StripRun run(call);
+  prefetch_rows(call, call.logits, run);
+  prefetch_rows(call, call.target, run);
+}
+
+// ---- sums
 
 // The sums of strips [begin, end) of a sample.
 template <class Way>
