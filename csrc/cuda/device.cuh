@@ -22,6 +22,8 @@
 #include <atomic>
 #endif
 
+#include <type_traits>
+
 #include "../common/plane.h"
 #include "../common/platform.h"
 
@@ -128,6 +130,17 @@ template <>
 struct WordOf<16> { using type = uint4; };
 template <class T, int N>
 using Word = typename WordOf<sizeof(T) * N>::type;
+
+// Number k of a pack. A bf16 is the upper half of a float: one instruction, of either half of a word.
+template <class T, int N>
+__device__ __forceinline__ float element(const Pack<T, N>& pack, int k) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const unsigned word = bit_cast<Pack<unsigned, N / 2>>(pack).value[k / 2];
+    return bit_cast<float>(k % 2 ? word & 0xFFFF0000u : word << 16);
+  } else {
+    return to_float(pack.value[k]);
+  }
+}
 
 // N elements in one instruction; `from` is aligned to their size.
 template <int N, class T>

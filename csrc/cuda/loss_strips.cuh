@@ -159,8 +159,9 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int
     ItemSums<typename Way::Label> sums;
     const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
     if (item < call.items) {
-      Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
-                [&](int, const auto& pixel) { sums.add(pixel, call.options); }, [](uint32_t) {});
+      sums.bad_target = Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
+                                  [&](int, const auto& pixel) { sums.add(pixel, call.options); },
+                                  [&](uint32_t) { sums.end_row(); });
     }
     const StripSums total = warp_sums(sums.total(call.options));
     if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
