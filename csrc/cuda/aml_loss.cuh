@@ -1,5 +1,6 @@
 // aml_loss on a GPU, forward, in one launch: similarity tile by tile, a barrier, then what masked_loss does. Of each
-// sample's map, which stays in the L2 cache, every block that needs the threshold finds it by itself.
+// sample's map, which stays in the L2 cache, every block that needs the threshold finds it by itself, also where the
+// map is long: there are no teams as in masked_loss.
 //
 // On every architecture the launch is cooperative and the barrier is the grid's; loss_strips.cuh says why no clusters.
 // The grid is what the device runs at once, whatever the input: blocks take tiles, and then strips, in turn.
@@ -33,9 +34,12 @@ union AmlShared {
 template <class F>
 __host__ __device__ __forceinline__ void with_way_number(int way, F f) {
   switch (way) {
-    case 0: return f(Direct<float>());
-    case 1: return f(Direct<bf16>());
-    case 2: return f(Direct<f16>());
+    case 0: return f(Direct<float, false>());
+    case 1: return f(Direct<bf16, false>());
+    case 2: return f(Direct<f16, false>());
+    case 3: return f(Direct<float, true>());
+    case 4: return f(Direct<bf16, true>());
+    case 5: return f(Direct<f16, true>());
     default: return f(General());
   }
 }

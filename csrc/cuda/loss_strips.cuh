@@ -8,7 +8,8 @@
 // The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
 // before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample. A cluster,
 // which exists from sm_90 on, would tie a sample to its 8 blocks (16, if asked for): a batch of 4 would leave most of the
-// device idle, the sum over samples would need another barrier, and sm_80 this kernel all the same.
+// device idle, the sum over samples would need another barrier, and sm_80 this kernel all the same. What it costs: all
+// blocks run at once, so that the launch waits for kernels of other streams (NCCL's, say), and none runs beside it.
 #pragma once
 
 #include <algorithm>
@@ -247,16 +248,17 @@ inline int cut(PixelCall& call, int item_columns, int64_t warps) {
   return int(divide_up(call.items, kWarp));
 }
 
-// Logits packed at the target's size beside a packed target of bytes, a map of packed floats, no `valid`.
+// Logits packed at the target's size beside a target and `valid` of packed bytes, a map of packed floats.
 template <class Logit>
 bool is_direct(const PixelCall& call) {
-  constexpr int kColumns = Direct<Logit>::kColumns;
+  constexpr int kColumns = Direct<Logit, false>::kColumns;
   const auto packed = [&](const Plane& plane, int64_t bytes) {
     return plane.column_stride == 1 && reinterpret_cast<uintptr_t>(plane.data) % (kColumns * bytes) == 0 &&
         plane.row_stride % kColumns == 0 && (call.samples == 1 || plane.sample_stride % kColumns == 0);
   };
   return call.logits.rows == call.rows && call.logits.columns == call.columns && call.columns % kColumns == 0 &&
-      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) && !call.valid.data &&
+      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) &&
+      (!call.valid.data || packed(call.valid, 1)) &&
       (!call.similarity.data || (call.similarity.type == Type::f32 &&
                                  (call.similarity.column_stride == 1 || call.similarity.columns == 1)));
 }
@@ -264,10 +266,15 @@ bool is_direct(const PixelCall& call) {
 // Calls f(Way) with the way to read the call's pixels.
 template <class F>
 auto with_way(const PixelCall& call, F f) {
-  if (call.logits.type == Type::f32 && is_direct<float>(call)) return f(Direct<float>());
-  if (call.logits.type == Type::bf16 && is_direct<bf16>(call)) return f(Direct<bf16>());
-  if (call.logits.type == Type::f16 && is_direct<f16>(call)) return f(Direct<f16>());
-  return f(General());
+  const auto direct = [&](auto logit) {
+    using Logit = decltype(logit);
+    return is_direct<Logit>(call) ? call.valid.data ? f(Direct<Logit, true>()) : f(Direct<Logit, false>()) : f(General());
+  };
+  switch (call.logits.type) {
+    case Type::f32: return direct(float());
+    case Type::bf16: return direct(bf16());
+    default: return direct(f16());
+  }
 }
 
 // Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.

@@ -1,6 +1,7 @@
 // How threads walk over the pixels of masked_loss, forward and backward. A thread works on an item: kColumns columns of
 // the target by some rows, from top to bottom. There are two ways to read pixels: `Direct`, where logits lie at the
-// target's size in packs of 16 bytes beside a packed bool or uint8 target, and `General`, for everything else.
+// target's size in packs of 16 bytes beside a packed bool or uint8 target (and `valid`, if kValid), and `General`, for
+// everything else.
 #pragma once
 
 #include <type_traits>
@@ -68,13 +69,13 @@ class SimilarColumns {
   float above_[kColumns], step_[kColumns];
 };
 
-template <class Logit>
+template <class Logit, bool kValid>
 struct Direct {
   using Stored = Logit;
-  static constexpr int kNumber = std::is_same_v<Logit, float> ? 0 : std::is_same_v<Logit, bf16> ? 1 : 2;
+  static constexpr int kNumber = (std::is_same_v<Logit, float> ? 0 : std::is_same_v<Logit, bf16> ? 1 : 2) + 3 * kValid;
   using Label = bool;
   static constexpr int kColumns = 16 / int(sizeof(Logit));
-  static constexpr int kBlocksPerProcessor = kColumns == 4 ? 3 : 2;
+  static constexpr int kBlocksPerProcessor = kColumns == 4 && !kValid ? 3 : 2;
   static constexpr int kBatch = 2;  // rows whose loads are on their way at once
 
   // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y); returns whether a label was kept that is
@@ -85,12 +86,14 @@ struct Direct {
         item.first * call.logits.row_stride + item.x;
     const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride +
         item.first * call.target.row_stride + item.x;
+    const uint8_t* valid = static_cast<const uint8_t*>(call.valid.data);
+    if (kValid) valid += sample * call.valid.sample_stride + item.first * call.valid.row_stride + item.x;
     SimilarColumns<kColumns, true> similar(call, sample, item.first, item.x);
     unsigned all_labels = 0;  // or-ed
 
     for (uint32_t y = item.first; y < item.last; y += kBatch) {
       Pack<Logit, kColumns> z[kBatch];
-      Pack<unsigned, kColumns / 4> labels[kBatch];
+      Pack<unsigned, kColumns / 4> labels[kBatch], exists[kBatch];
 #pragma unroll
       for (int row = 0; row < kBatch; ++row) {
         if (row > 0 && y + row >= item.last) break;
@@ -98,6 +101,9 @@ struct Direct {
         labels[row] = load_input<kColumns / 4>(reinterpret_cast<const unsigned*>(target));
         logits += call.logits.row_stride;
         target += call.target.row_stride;
+        if (!kValid) continue;
+        exists[row] = load_input<kColumns / 4>(reinterpret_cast<const unsigned*>(valid));
+        valid += call.valid.row_stride;
       }
 #pragma unroll
       for (int row = 0; row < kBatch; ++row) {
@@ -106,10 +112,11 @@ struct Direct {
 #pragma unroll
         for (int k = 0; k < kColumns; ++k) {
           if (k % 4 == 0) all_labels |= labels[row].value[k / 4];
-          const unsigned label = labels[row].value[k / 4] & 0xFFu << k % 4 * 8;
+          const unsigned byte = 0xFFu << k % 4 * 8, label = labels[row].value[k / 4] & byte;
           const unsigned spared = call.protect_target ? label : 0;
-          const bool is_target = label != 0, keep = similar.reaches(k, limit) | (spared != 0);
-          pixel(k, Pixel<Label>{element(z[row], k), is_target, is_target, true, keep});
+          const bool there = !kValid || (exists[row].value[k / 4] & byte) != 0, is_target = there & (label != 0);
+          const bool keep = there & (similar.reaches(k, limit) | (spared != 0));
+          pixel(k, Pixel<Label>{element(z[row], k), is_target, is_target, there, keep});
         }
         end(y + row);
       }
@@ -125,6 +132,7 @@ struct Direct {
 #pragma unroll 1
       for (uint32_t x = item.x; x < item.x + kColumns; ++x) {
         if (target[y * call.target.row_stride + x] <= 1) continue;
+        if (kValid && load_element(call.valid, sample, y, x) == 0) continue;
         SimilarColumns<1, true> similar(call, sample, y, x);
         similar.next_row(call, limit);
         if (call.protect_target | similar.reaches(0, limit)) return true;
@@ -135,7 +143,7 @@ struct Direct {
 };
 
 struct General {
-  static constexpr int kNumber = 3;
+  static constexpr int kNumber = 6;
   using Label = float;
   static constexpr int kColumns = 4;
   static constexpr int kBlocksPerProcessor = 2;

@@ -51,7 +51,7 @@ struct ItemSums<bool> {
 
   __device__ __forceinline__ void add(const Pixel<bool>& pixel, const LossOptions<float>&) {
     const Sigmoid<float> s = fast_sigmoid(pixel.z);
-    const bool predicted = pixel.z > 0;
+    const bool predicted = pixel.exists & (pixel.z > 0);
     if (pixel.keep & pixel.is_target) target_bce.add(-pixel.z, s.e), target_p += s.p, kept_target += 1;
     if (pixel.keep & !pixel.is_target) bce.add(pixel.z, s.e), p += s.p, kept += 1;
     if (predicted & pixel.is_target) intersection += 1;
