@@ -72,6 +72,7 @@ CASES = {
     "similarity of many words": lambda b: similarity(b, ((1, 70, 5, 16), 77), F32),
     "loss of packed rows, fp32": lambda b: loss(b, F32, (24, 32), (24, 32), layouts=("contiguous",), masks=False),
     "loss of packed rows, bf16": lambda b: loss(b, BF16, (24, 32), (24, 32), layouts=("contiguous",), masks=False),
+    "loss of packed rows, some not valid": lambda b: loss(b, BF16, (24, 32), (24, 32), layouts=("contiguous",)),
     "loss of any strides": lambda b: loss(b, F16, (21, 33), (21, 33)),
     "loss of small logits": lambda b: loss(b, BF16, (9, 11), (34, 42)),
     "loss of large logits": lambda b: loss(b, F32, (40, 37), (17, 23), threshold=0.1, quantile=None),

@@ -12,8 +12,8 @@ ROOT = machine_code.ROOT
 #: Fewest 128-bit loads and stores of a kernel: one for each that its source issues at once for what it streams.
 STREAMING = {
     r"aml_loss_forward": (4 + 2 + 2 + 3 * 2, 0),  # features of each type, rows of packed logits of each type
-    r"masked_loss_forward<Direct<\w+>>": (2, 0),
-    r"masked_loss_backward_pixels<Direct<\w+>>": (2, 1),
+    r"masked_loss_forward<Direct<\w+, \w+>>": (2, 0),
+    r"masked_loss_backward_pixels<Direct<\w+, \w+>>": (2, 1),
     r"similarity_(forward|coefficients)<float>": (4, 0),
     r"similarity_(forward|coefficients)<(bf16|f16)>": (2, 0),
     r"similarity_gradients<float>": (4, 4),

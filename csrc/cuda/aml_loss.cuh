@@ -1,5 +1,6 @@
 // aml_loss on a GPU, forward, in one launch: similarity tile by tile, a barrier, then what masked_loss does. Of each
-// sample's map, which stays in the L2 cache, every block that needs the threshold finds it by itself.
+// sample's map, which stays in the L2 cache, every block that needs the threshold finds it by itself, also where the
+// map is long: there are no teams as in masked_loss.
 //
 // On every architecture the launch is cooperative and the barrier is the grid's; loss_strips.cuh says why no clusters.
 // The grid is what the device runs at once, whatever the input: blocks take tiles, and then strips, in turn.
@@ -27,31 +28,18 @@ union AmlShared {
   Selection selection;
 };
 
-// ---- while blocks wait for each other, and for thresholds, memory would be idle: the first rows that this block will
-// sum are fetched to the L2 cache meanwhile; of all blocks together 16 MB or so.
-
-constexpr uint32_t kLineBytes = 128, kPrefetchedLines = 512;
-
-__device__ __forceinline__ void prefetch_strips(const LossCall& call, const Plane& plane, uint32_t element_bytes, const StripRun& run) {
-  if (plane.column_stride != 1 || plane.rows != call.rows || plane.columns != call.columns) return;
-  const uint32_t top = run.strip * kWarp / call.items_across, bottom = (run.end(call) * kWarp - 1) / call.items_across;
-  const uint32_t bands = bottom - top + 1, row_lines = (call.columns * element_bytes + kLineBytes - 1) / kLineBytes;
-  for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
-    const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
-    const int64_t offset = run.sample * plane.sample_stride + y * plane.row_stride;
-    if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * element_bytes + (i - row * row_lines) * kLineBytes);
-  }
-}
-
 // ---- kernel
 
 // Calls f(Way) with the way of that number.
 template <class F>
 __host__ __device__ __forceinline__ void with_way_number(int way, F f) {
   switch (way) {
-    case 0: return f(Direct<float>());
-    case 1: return f(Direct<bf16>());
-    case 2: return f(Direct<f16>());
+    case 0: return f(Direct<float, false>());
+    case 1: return f(Direct<bf16, false>());
+    case 2: return f(Direct<f16, false>());
+    case 3: return f(Direct<float, true>());
+    case 4: return f(Direct<bf16, true>());
+    case 5: return f(Direct<f16, true>());
     default: return f(General());
   }
 }
@@ -67,9 +55,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCal
       similarity_tile<T>(call.similarity, sample, (i - sample * tiles) * kTileCells, call.map, shared.tile);
     }
   });
-  const StripRun run(call.loss);
-  prefetch_strips(call.loss, call.loss.logits, call.loss.logits.type == Type::f32 ? 4 : 2, run);
-  prefetch_strips(call.loss, call.loss.target, 1, run);
+  prefetch_strips(call.loss);
   grid_barrier();
 
   with_way_number(call.way, [&](auto way) {

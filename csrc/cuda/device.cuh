@@ -22,6 +22,8 @@
 #include <atomic>
 #endif
 
+#include <type_traits>
+
 #include "../common/plane.h"
 #include "../common/platform.h"
 
@@ -129,6 +131,17 @@ struct WordOf<16> { using type = uint4; };
 template <class T, int N>
 using Word = typename WordOf<sizeof(T) * N>::type;
 
+// Number k of a pack. A bf16 is the upper half of a float: one instruction, of either half of a word.
+template <class T, int N>
+__device__ __forceinline__ float element(const Pack<T, N>& pack, int k) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const unsigned word = bit_cast<Pack<unsigned, N / 2>>(pack).value[k / 2];
+    return bit_cast<float>(k % 2 ? word & 0xFFFF0000u : word << 16);
+  } else {
+    return to_float(pack.value[k]);
+  }
+}
+
 // N elements in one instruction; `from` is aligned to their size.
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load_input(const T* from) {
@@ -141,6 +154,10 @@ __device__ __forceinline__ Pack<T, N> load(const T* from) {
 template <int N, class T>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
   *reinterpret_cast<Word<T, N>*>(to) = bit_cast<Word<T, N>>(pack);
+}
+
+__host__ __device__ __forceinline__ int bytes_of(Type type) {
+  return type == Type::u8 ? 1 : type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
 }
 
 // One element of a plane of any type; `offset` in elements.
@@ -175,6 +192,8 @@ __device__ __forceinline__ void with_type(Type type, const void* data, F f) {
 __device__ __forceinline__ void prefetch(const void* line) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#elif defined(AML_EMULATED)
+  emulation::prefetch(line);
 #else
   (void)line;
 #endif

@@ -8,7 +8,8 @@
 // The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
 // before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample. A cluster,
 // which exists from sm_90 on, would tie a sample to its 8 blocks (16, if asked for): a batch of 4 would leave most of the
-// device idle, the sum over samples would need another barrier, and sm_80 this kernel all the same.
+// device idle, the sum over samples would need another barrier, and sm_80 this kernel all the same. What it costs: all
+// blocks run at once, so that the launch waits for kernels of other streams (NCCL's, say), and none runs beside it.
 #pragma once
 
 #include <algorithm>
@@ -105,7 +106,7 @@ __device__ __forceinline__ float find_limit(const LossCall& call, const Values& 
   return team_quantile<kLossThreads>(values, team, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
 }
 
-// ---- sums
+// ---- strips
 
 // What is left of a block's strips: `strips` of them, from one of a sample on.
 struct StripRun {
@@ -128,6 +129,30 @@ struct StripRun {
   }
 };
 
+// While blocks look for thresholds, and wait for each other, memory would be idle: the first rows that a block will sum
+// are fetched to the L2 cache meanwhile, up to 64 KB of the logits and of the target each.
+constexpr uint32_t kLineBytes = 128, kPrefetchedLines = 512;
+
+__device__ __forceinline__ void prefetch_rows(const LossCall& call, const Plane& plane, const StripRun& run) {
+  if (plane.column_stride != 1 || plane.rows != call.rows || plane.columns != call.columns) return;
+  const uint32_t bytes = bytes_of(plane.type), row_lines = (call.columns * bytes + kLineBytes - 1) / kLineBytes;
+  const uint32_t top = run.strip * kWarp / call.items_across, bottom = (run.end(call) * kWarp - 1) / call.items_across;
+  const uint32_t bands = bottom - top + 1;
+  for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
+    const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
+    const int64_t offset = run.sample * plane.sample_stride + y * plane.row_stride;
+    if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * bytes + (i - row * row_lines) * kLineBytes);
+  }
+}
+
+__device__ __forceinline__ void prefetch_strips(const LossCall& call) {
+  const StripRun run(call);
+  prefetch_rows(call, call.logits, run);
+  prefetch_rows(call, call.target, run);
+}
+
+// ---- sums
+
 // The sums of strips [begin, end) of a sample.
 template <class Way>
 __device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int begin, int end, float limit) {
@@ -135,8 +160,9 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int
     ItemSums<typename Way::Label> sums;
     const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
     if (item < call.items) {
-      Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
-                [&](int, const auto& pixel) { sums.add(pixel, call.options); }, [](uint32_t) {});
+      sums.bad_target = Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
+                                  [&](int, const auto& pixel) { sums.add(pixel, call.options); },
+                                  [&](uint32_t) { sums.end_row(); });
     }
     const StripSums total = warp_sums(sums.total(call.options));
     if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
@@ -222,16 +248,17 @@ inline int cut(PixelCall& call, int item_columns, int64_t warps) {
   return int(divide_up(call.items, kWarp));
 }
 
-// Logits packed at the target's size beside a packed target of bytes, a map of packed floats, no `valid`.
+// Logits packed at the target's size beside a target and `valid` of packed bytes, a map of packed floats.
 template <class Logit>
 bool is_direct(const PixelCall& call) {
-  constexpr int kColumns = Direct<Logit>::kColumns;
+  constexpr int kColumns = Direct<Logit, false>::kColumns;
   const auto packed = [&](const Plane& plane, int64_t bytes) {
     return plane.column_stride == 1 && reinterpret_cast<uintptr_t>(plane.data) % (kColumns * bytes) == 0 &&
         plane.row_stride % kColumns == 0 && (call.samples == 1 || plane.sample_stride % kColumns == 0);
   };
   return call.logits.rows == call.rows && call.logits.columns == call.columns && call.columns % kColumns == 0 &&
-      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) && !call.valid.data &&
+      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) &&
+      (!call.valid.data || (call.valid.type == Type::u8 && packed(call.valid, 1))) &&
       (!call.similarity.data || (call.similarity.type == Type::f32 &&
                                  (call.similarity.column_stride == 1 || call.similarity.columns == 1)));
 }
@@ -239,10 +266,15 @@ bool is_direct(const PixelCall& call) {
 // Calls f(Way) with the way to read the call's pixels.
 template <class F>
 auto with_way(const PixelCall& call, F f) {
-  if (call.logits.type == Type::f32 && is_direct<float>(call)) return f(Direct<float>());
-  if (call.logits.type == Type::bf16 && is_direct<bf16>(call)) return f(Direct<bf16>());
-  if (call.logits.type == Type::f16 && is_direct<f16>(call)) return f(Direct<f16>());
-  return f(General());
+  const auto direct = [&](auto logit) {
+    using Logit = decltype(logit);
+    return is_direct<Logit>(call) ? call.valid.data ? f(Direct<Logit, true>()) : f(Direct<Logit, false>()) : f(General());
+  };
+  switch (call.logits.type) {
+    case Type::f32: return direct(float());
+    case Type::bf16: return direct(bf16());
+    default: return direct(f16());
+  }
 }
 
 // Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.

@@ -26,8 +26,7 @@ struct GradientCall : PixelCall {
 
 template <class Label>
 __device__ __forceinline__ float gradient_of(const GradientCall& call, const Pixel<Label>& pixel, const LossGradient<float>& g) {
-  const float y = std::is_same_v<Label, float> ? float(pixel.label) : pixel.is_target ? 1.0f : 0.0f;
-  const float step = call.options.positive_weight - call.options.negative_weight;
+  const float y = float(pixel.label), step = call.options.positive_weight - call.options.negative_weight;
   const float slope = pixel_gradient(fast_sigmoid(pixel.z), y, g, call.options.negative_weight, step);
   return pixel.keep ? slope : 0.0f;
 }

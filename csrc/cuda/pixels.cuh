@@ -1,6 +1,7 @@
 // How threads walk over the pixels of masked_loss, forward and backward. A thread works on an item: kColumns columns of
 // the target by some rows, from top to bottom. There are two ways to read pixels: `Direct`, where logits lie at the
-// target's size in packs of 16 bytes beside a packed bool or uint8 target, and `General`, for everything else.
+// target's size in packs of 16 bytes beside a packed bool or uint8 target (and `valid`, if kValid), and `General`, for
+// everything else.
 #pragma once
 
 #include <type_traits>
@@ -36,7 +37,7 @@ struct Item {
 template <class Label>
 struct Pixel {
   float z;
-  Label label;
+  Label label;  // bool, where the target is of bytes
   bool is_target, exists, keep;
 };
 
@@ -68,64 +69,92 @@ class SimilarColumns {
   float above_[kColumns], step_[kColumns];
 };
 
-template <class Logit>
+template <class Logit, bool kValid>
 struct Direct {
   using Stored = Logit;
-  static constexpr int kNumber = std::is_same_v<Logit, float> ? 0 : std::is_same_v<Logit, bf16> ? 1 : 2;
-  using Label = unsigned;  // the target's byte where it stands in its word of four
+  static constexpr int kNumber = (std::is_same_v<Logit, float> ? 0 : std::is_same_v<Logit, bf16> ? 1 : 2) + 3 * kValid;
+  using Label = bool;
   static constexpr int kColumns = 16 / int(sizeof(Logit));
-  static constexpr int kBlocksPerProcessor = kColumns == 4 ? 3 : 2;
+  static constexpr int kBlocksPerProcessor = kColumns == 4 && !kValid ? 3 : 2;
   static constexpr int kBatch = 2;  // rows whose loads are on their way at once
 
-  // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y).
+  // Calls pixel(k, Pixel) for the columns of each row of an item, then end(y); returns whether a label was kept that is
+  // no probability.
   template <class P, class E>
-  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
+  static __device__ __forceinline__ bool walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
     const Logit* logits = static_cast<const Logit*>(call.logits.data) + sample * call.logits.sample_stride +
         item.first * call.logits.row_stride + item.x;
     const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride +
         item.first * call.target.row_stride + item.x;
+    const uint8_t* valid = static_cast<const uint8_t*>(call.valid.data);
+    if (kValid) valid += sample * call.valid.sample_stride + item.first * call.valid.row_stride + item.x;
     SimilarColumns<kColumns, true> similar(call, sample, item.first, item.x);
+    unsigned all_labels = 0;  // or-ed
 
     for (uint32_t y = item.first; y < item.last; y += kBatch) {
       Pack<Logit, kColumns> z[kBatch];
-      Pack<unsigned, kColumns / 4> labels[kBatch];
+      Pack<unsigned, kColumns / 4> labels[kBatch], exists[kBatch];
 #pragma unroll
       for (int row = 0; row < kBatch; ++row) {
-        if (y + row >= item.last) break;
+        if (row > 0 && y + row >= item.last) break;
         z[row] = load_input<kColumns>(logits);
         labels[row] = load_input<kColumns / 4>(reinterpret_cast<const unsigned*>(target));
         logits += call.logits.row_stride;
         target += call.target.row_stride;
+        if (!kValid) continue;
+        exists[row] = load_input<kColumns / 4>(reinterpret_cast<const unsigned*>(valid));
+        valid += call.valid.row_stride;
       }
 #pragma unroll
       for (int row = 0; row < kBatch; ++row) {
-        if (y + row >= item.last) break;
+        if (row > 0 && y + row >= item.last) break;
         similar.next_row(call, limit);
 #pragma unroll
         for (int k = 0; k < kColumns; ++k) {
-          const unsigned label = labels[row].value[k / 4] & 0xFFu << k % 4 * 8;
+          if (k % 4 == 0) all_labels |= labels[row].value[k / 4];
+          const unsigned byte = 0xFFu << k % 4 * 8, label = labels[row].value[k / 4] & byte;
           const unsigned spared = call.protect_target ? label : 0;
-          const bool keep = similar.reaches(k, limit) | (spared != 0);
-          pixel(k, Pixel<Label>{to_float(z[row].value[k]), label, label != 0, true, keep});
+          const bool there = !kValid || (exists[row].value[k / 4] & byte) != 0, is_target = there & (label != 0);
+          const bool keep = there & (similar.reaches(k, limit) | (spared != 0));
+          pixel(k, Pixel<Label>{element(z[row], k), is_target, is_target, there, keep});
         }
         end(y + row);
       }
     }
+    return (all_labels & 0xFEFEFEFEu) != 0 && keeps_bad_label(call, sample, item, limit);
+  }
+
+ private:
+  // Whether a label is kept that is neither 0 nor 1. For the few items that have one, and so that others need not look.
+  static __device__ __forceinline__ bool keeps_bad_label(const PixelCall& call, int64_t sample, const Item& item, float limit) {
+    const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride;
+    for (uint32_t y = item.first; y < item.last; ++y) {
+#pragma unroll 1
+      for (uint32_t x = item.x; x < item.x + kColumns; ++x) {
+        if (target[y * call.target.row_stride + x] <= 1) continue;
+        if (kValid && load_element(call.valid, sample, y, x) == 0) continue;
+        SimilarColumns<1, true> similar(call, sample, y, x);
+        similar.next_row(call, limit);
+        if (call.protect_target | similar.reaches(0, limit)) return true;
+      }
+    }
+    return false;
   }
 };
 
 struct General {
-  static constexpr int kNumber = 3;
+  static constexpr int kNumber = 6;
   using Label = float;
   static constexpr int kColumns = 4;
   static constexpr int kBlocksPerProcessor = 2;
 
   template <class P, class E>
-  static __device__ __forceinline__ void walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
+  static __device__ __forceinline__ bool walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
     const int count = item.x < call.columns ? int(min(uint32_t(kColumns), call.columns - item.x)) : 0;
     ResizedColumns<kColumns, false> logits(call.logits, call.logit_rows, call.logit_columns, sample, item.first, item.x);
     SimilarColumns<kColumns, false> similar(call, sample, item.first, item.x);
     float above[kColumns], below[kColumns], labels[kColumns], exists[kColumns] = {1, 1, 1, 1};
+    bool bad = false;
 
     for (uint32_t y = item.first; y < item.last; ++y) {
       load_row(call.target, sample, y, item.x, count, labels);
@@ -139,9 +168,11 @@ struct General {
         const bool there = (exists[k] != 0) & (k < count), is_target = there & (labels[k] > 0.5f);
         const bool keep = there & (similar.reaches(k, limit) | (call.protect_target & is_target));
         pixel(k, Pixel<Label>{interpolate(above[k], below[k], weight), labels[k], is_target, there, keep});
+        bad |= keep & !((labels[k] >= 0) & (labels[k] <= 1));
       }
       end(y);
     }
+    return bad;
   }
 
  private:

@@ -19,8 +19,6 @@ static uint64_t element_bits(Type type, double value) {
   }
 }
 
-static int bytes_of(Type type) { return type == Type::u8 ? 1 : type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 std::tuple<Tensor, Tensor> filter_regions(
     Tensor image, Tensor similarity, OptionalTensor protect, OptionalTensor thresholds, std::optional<double> threshold,
     std::optional<double> quantile, bool rank_in_fp64, double drop_ratio, int64_t block_size, std::vector<double> fill,

@@ -21,37 +21,51 @@ __device__ __forceinline__ Sigmoid<float> fast_sigmoid(float z) {
 // The sums of a strip of 32 items.
 struct alignas(16) StripSums {
   float weight, weighted_bce, p, y, py;
-  int32_t kept, kept_target, intersection, union_, bad_target;
+  int32_t kept, kept_target, intersection, union_, bad_target;  // the last: of how many items
 };
 
 // The sums of an item. Counts are floats, which is one instruction per pixel less, and exact: an item is small.
 template <class Label>
 struct ItemSums;
 
-// A target of bytes: 1, or 0, or wrong.
-template <>
-struct ItemSums<unsigned> {
-  float bce = 0, p = 0, kept = 0;                       // over kept pixels that are not target
-  float target_bce = 0, target_p = 0, kept_target = 0;  // over kept pixels that are
-  float intersection = 0, union_ = 0;
-  unsigned labels = 0;  // of the kept target pixels, or-ed
+// A sum of max(s, 0) + log(1 + e). The logarithms are one of a product: a multiply-add per pixel in place of a polynomial.
+// What is kept is the product minus 1, since (1 + x) (1 + e) - 1 = x (1 + e) + e has positive terms only: it is as exact
+// as a sum of logarithms, however small the e.
+struct CrossEntropySum {
+  float sum = 0, excess = 0;
 
-  __device__ __forceinline__ void add(const Pixel<unsigned>& pixel, const LossOptions<float>&) {
+  __device__ __forceinline__ void add(float s, float e) {
+    sum += fmaxf(s, 0.0f);
+    excess = multiply_add(excess, 1.0f + e, e);
+  }
+  __device__ __forceinline__ float total() const { return sum + log1pf(excess); }
+};
+
+// A target of bytes.
+template <>
+struct ItemSums<bool> {
+  CrossEntropySum bce, target_bce;  // over kept pixels that are not target, and over those that are
+  float p = 0, kept = 0, target_p = 0, kept_target = 0;
+  float intersection = 0, union_ = 0;
+  bool bad_target = false;
+
+  __device__ __forceinline__ void add(const Pixel<bool>& pixel, const LossOptions<float>&) {
     const Sigmoid<float> s = fast_sigmoid(pixel.z);
-    const bool predicted = pixel.z > 0;
-    // max(z, 0) - z y is the larger of 0 and z or -z.
-    const float bce = multiply_add(log1p_slope(s.e), s.e, fmaxf(pixel.is_target ? -pixel.z : pixel.z, 0.0f));
-    if (pixel.keep & pixel.is_target) target_bce += bce, target_p += s.p, kept_target += 1, labels |= pixel.label;
-    if (pixel.keep & !pixel.is_target) this->bce += bce, p += s.p, kept += 1;
+    const bool predicted = pixel.exists & (pixel.z > 0);
+    if (pixel.keep & pixel.is_target) target_bce.add(-pixel.z, s.e), target_p += s.p, kept_target += 1;
+    if (pixel.keep & !pixel.is_target) bce.add(pixel.z, s.e), p += s.p, kept += 1;
     if (predicted & pixel.is_target) intersection += 1;
     if (predicted | pixel.is_target) union_ += 1;
+  }
+  // A pixel doubles a product at most, and floats end at 2^128.
+  __device__ __forceinline__ void end_row() {
+    if (fmaxf(bce.excess, target_bce.excess) > 1e30f) bce = {bce.total(), 0}, target_bce = {target_bce.total(), 0};
   }
 
   __device__ __forceinline__ StripSums total(const LossOptions<float>& o) const {
     return {multiply_add(o.positive_weight, kept_target, o.negative_weight * kept),
-            multiply_add(o.positive_weight, target_bce, o.negative_weight * bce), p + target_p, kept_target, target_p,
-            int32_t(kept + kept_target), int32_t(kept_target), int32_t(intersection), int32_t(union_),
-            (labels & 0xFEFEFEFEu) != 0};
+            multiply_add(o.positive_weight, target_bce.total(), o.negative_weight * bce.total()), p + target_p, kept_target,
+            target_p, int32_t(kept + kept_target), int32_t(kept_target), int32_t(intersection), int32_t(union_), bad_target};
   }
 };
 
@@ -59,7 +73,8 @@ struct ItemSums<unsigned> {
 template <>
 struct ItemSums<float> {
   float weight = 0, weighted_bce = 0, p = 0, y = 0, py = 0;
-  float kept = 0, kept_target = 0, intersection = 0, union_ = 0, bad_target = 0;
+  float kept = 0, kept_target = 0, intersection = 0, union_ = 0;
+  bool bad_target = false;
 
   __device__ __forceinline__ void add(const Pixel<float>& pixel, const LossOptions<float>& o) {
     const Sigmoid<float> s = fast_sigmoid(pixel.z);
@@ -71,14 +86,14 @@ struct ItemSums<float> {
       kept += 1;
     }
     if (pixel.keep & pixel.is_target) kept_target += 1;
-    if (pixel.keep & !((label >= 0) & (label <= 1))) bad_target += 1;
     if (predicted & pixel.is_target) intersection += 1;
     if (predicted | pixel.is_target) union_ += 1;
   }
+  __device__ __forceinline__ void end_row() {}
 
   __device__ __forceinline__ StripSums total(const LossOptions<float>&) const {
     return {weight, weighted_bce, p, y, py, int32_t(kept), int32_t(kept_target), int32_t(intersection), int32_t(union_),
-            int32_t(bad_target)};
+            bad_target};
   }
 };
 
