@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from aml.alignment import AlignmentLoss
 from aml.alignment_scores import alignment_scores
 from aml.data.dataset import RISDataset
-from aml.data.loading import loader
+from aml.data.loading import read_batches
 from aml.data.pixels import at_own_size, valid_cells
 from aml.metrics import metrics
 from aml.models.base import RISModel
@@ -59,35 +60,12 @@ def evaluate(
     chosen = range(len(dataset)) if indices is None else list(indices)
     batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
     records: list[dict[str, Any]] = []
-    read = loader(dataset, batches, workers, device)
-    for batch in tqdm(read, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
-        image, tokens, text_mask, target = (
-            batch[name].to(device, non_blocking=True) for name in ("image", "tokens", "text_mask", "target")
-        )
-        expressions = [dataset.expressions[index] for index in batch["index"].tolist()]
-        valid = batch["valid"].to(device) if "valid" in batch else None
-        logits, alignment = model(image, tokens, text_mask, return_alignment=True)
-        columns: dict[str, list] = {
-            "sample_id": batch["sample_id"],
-            "image": [expression.image_path.name for expression in expressions],
-            "sentence": [expression.sentence for expression in expressions],
-            "no_target": [not expression.annotation_ids for expression in expressions],
-        }
-        columns |= _counts(logits, target, valid, batch["full_target"], dataset.resize)
-        if aligner is not None:
-            similarity = aligner.similarity(alignment)
-            cells = None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
-            judged = {"valid": valid, "map_valid": cells, **aligner.limit}
-            auc, left_out = alignment_scores(similarity, target, **judged)
-            wrong = [wrong_sentence(dataset, index) for index in batch["index"].tolist()]
-            wrong_tokens, wrong_mask = (tensor.to(device) for tensor in model.tokenize(wrong))
-            wrong_map = aligner.similarity(model.encode(image, wrong_tokens, wrong_mask))
-            wrong_auc, _ = alignment_scores(wrong_map, target, **judged)
-            scores = {"auc": auc, "auc_wrong_sentence": wrong_auc, "target_left_out": left_out}
-            columns |= {
-                name: [None if math.isnan(value) else value for value in each.tolist()] for name, each in scores.items()
-            }
-        records += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    read = read_batches(dataset, batches, workers, device)
+    hidden = None if progress else True
+    with closing(read), tqdm(read, "evaluate", len(batches), unit="batch", disable=hidden, leave=False) as bar:
+        for batch in bar:
+            columns = _judged(batch, model, dataset, device, aligner)
+            records += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     model.train(was_training)
     return records
 
@@ -109,6 +87,43 @@ def counts(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     prediction, target = prediction > 0, target > 0
     pixels = (1, 2)
     return (prediction & target).sum(pixels), (prediction | target).sum(pixels), target.sum(pixels)
+
+
+def _judged(
+    batch: dict[str, Any],
+    model: RISModel,
+    dataset: RISDataset,
+    device: torch.device | str,
+    aligner: AlignmentLoss | None,
+) -> dict[str, list]:
+    """The records of a batch by columns; see `evaluate`."""
+    image, tokens, text_mask, target = (
+        batch[name].to(device, non_blocking=True) for name in ("image", "tokens", "text_mask", "target")
+    )
+    expressions = [dataset.expressions[index] for index in batch["index"].tolist()]
+    valid = batch["valid"].to(device) if "valid" in batch else None
+    logits, alignment = model(image, tokens, text_mask, return_alignment=True)
+    columns: dict[str, list] = {
+        "sample_id": batch["sample_id"],
+        "image": [expression.image_path.name for expression in expressions],
+        "sentence": [expression.sentence for expression in expressions],
+        "no_target": [not expression.annotation_ids for expression in expressions],
+    }
+    columns |= _counts(logits, target, valid, batch["full_target"], dataset.resize)
+    if aligner is not None:
+        similarity = aligner.similarity(alignment)
+        cells = None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
+        judged = {"valid": valid, "map_valid": cells, **aligner.limit}
+        auc, left_out = alignment_scores(similarity, target, **judged)
+        wrong = [wrong_sentence(dataset, index) for index in batch["index"].tolist()]
+        wrong_tokens, wrong_mask = (tensor.to(device) for tensor in model.tokenize(wrong))
+        wrong_map = aligner.similarity(model.encode(image, wrong_tokens, wrong_mask))
+        wrong_auc, _ = alignment_scores(wrong_map, target, **judged)
+        scores = {"auc": auc, "auc_wrong_sentence": wrong_auc, "target_left_out": left_out}
+        columns |= {
+            name: [None if math.isnan(value) else value for value in each.tolist()] for name, each in scores.items()
+        }
+    return columns
 
 
 def _counts(

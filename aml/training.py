@@ -31,7 +31,7 @@ from aml.assembly import build_aligner, build_dataset, open_data
 from aml.config import Config, ConfigError, to_yaml
 from aml.console import StopSignals, on_terminal
 from aml.data.dataset import EpochBatches
-from aml.data.loading import loader
+from aml.data.loading import read_batches
 from aml.data.union import Annotations
 from aml.distribution import open_accelerator
 from aml.errors import Stopped
@@ -148,7 +148,7 @@ class _Trainer:
                 yield from islice(batches, (self.steps_per_epoch - done) * accumulate)
                 done = 0
 
-        yield from loader(self.train_set, keys(), self.config.train.workers, self.device)
+        yield from read_batches(self.train_set, keys(), self.config.train.workers, self.device)
 
     def _step(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimizer step of `accumulate` batches. Nothing here waits for the device."""

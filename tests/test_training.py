@@ -2,14 +2,17 @@
 
 import json
 import multiprocessing
+import re
 import subprocess
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 from aml import checkpoint, distribution, runlog, training
 from aml.config import ConfigError, load
+from aml.data.refer import ReferDataset
 from aml.errors import ResumeError
 from aml.runlog import RunLog, read_log
 from aml.training import train
@@ -42,6 +45,26 @@ def test_no_process_outlives_a_failed_run(tmp_path, words, monkeypatch):
     with pytest.raises(RuntimeError, match="as if"):
         train(load(None, words(tmp_path, "train.workers=2")))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_photograph_that_cannot_be_read_ends_the_command(tmp_path, words, straight, split):
+    """Though processes read ahead: the command tells it in a line, and leaves."""
+    data = ReferDataset(tiny.write_data(tmp_path / "data"))
+    photograph = data.expressions(split)[0].image_path
+    photograph.write_bytes(photograph.read_bytes()[:200])
+    settings = [f"data.root={tmp_path / 'data'}", "train.workers=2"]
+    commands = {"train": ["train", *words(tmp_path / "run", *settings)]}
+    if split == "val":
+        commands["eval"] = ["eval", "--checkpoint", str(straight), "--out", str(tmp_path / "found"), *settings]
+    processes = {name: tiny.start(tiny.command, each, tmp_path / name) for name, each in commands.items()}
+    for name, process in processes.items():
+        process.join(120)
+        code = process.exitcode
+        process.kill()
+        assert code == 2, f"aml {name} hangs" if code is None else (tmp_path / name).read_text()
+        (error,) = (tmp_path / name).read_text().splitlines()
+        assert re.fullmatch(rf"error: sample [\d-]+: image .*{photograph.name} was not read .*leaves them out", error)
 
 
 # ------------------------------------------------------------------------------------- what a run leaves

@@ -85,6 +85,19 @@ def train(words: list[str], moment: int | None = None) -> None:
     raise SystemExit(cli.main(["train", *words]))
 
 
+def command(arguments: list[str], errors: Path) -> None:
+    """`aml` with these arguments. errors: the file that gets what it prints as errors."""
+    import torch
+
+    from aml import cli
+
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    raise SystemExit(cli.main(arguments))
+
+
 def join_ranks(rank: int, rendezvous: str, seconds: float = 60) -> None:
     """Make this process one of two. seconds: how long it waits for the other one."""
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
