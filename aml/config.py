@@ -115,7 +115,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     root: str = _setting("", "folder with annotations in the REFER layout; the same as --data")
     dataset: str = _setting("refcoco", "refcoco, refcoco+, refcocog, grefcoco, rrsisd, union, or several a(unc),b(umd)")
-    split_by: str | None = _setting(None, "which refs(<split_by>) to read; null = the only one there")
+    split_by: str | None = _setting(None, "which refs(<split_by>) to read; null = unc, for refcocog umd")
     images: str | None = _setting(None, "folder of the images; null = <root>/[images/]train2014")
     skip: str | None = _setting(None, "file that names images to leave out, as aml data check --bad writes it")
     field: Literal["sent", "raw"] = _setting("sent", "which text of an annotation is the sentence")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 COCO_IMAGES = ("images/train2014", "train2014")
+# Read where several partitions lie side by side and none is named: what published results are mostly on.
+USUAL_PARTITION = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 IMAGES = {"rrsisd": ("images/rrsisd/JPEGImages", "rrsisd/JPEGImages")}
 _REFS_NAME = re.compile(r"g?refs\((?P<split_by>[^()]+)\)\.(?P<kind>json|p)")
 
@@ -47,16 +49,18 @@ def refs_files(folder: Path) -> dict[str, Path]:
 
 
 def refs_file(folder: Path, split_by: str | None) -> tuple[str, Path]:
-    """(split_by, path) of the refs to read; `split_by` may be None where there is one file only."""
+    """(split_by, path) of the refs to read; `split_by` None: the only ones there, or else the usual ones."""
     there = refs_files(folder)
     if not there:
         raise FileNotFoundError(f"no file refs(<split_by>).p, or .json, in {folder}")
-    if split_by is None and len(there) == 1:
-        return next(iter(there.items()))
-    if split_by not in there:
+    wanted = split_by
+    if wanted is None:
+        wanted = next(iter(there)) if len(there) == 1 else USUAL_PARTITION.get(folder.name)
+    if wanted is None or wanted not in there:
         given = "not given, and there are several" if split_by is None else repr(split_by)
-        raise FileNotFoundError(f"split_by: {given}; {folder} has {', '.join(there)}")
-    return split_by, there[split_by]
+        names = " or ".join(f"'{folder.name}({name})'" for name in there)
+        raise FileNotFoundError(f"split_by: {given}; {folder} has {', '.join(there)}: name the data set as {names}")
+    return wanted, there[wanted]
 
 
 def image_folder(root: Path, dataset: str, images: str | Path | None) -> Path:
