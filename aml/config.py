@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from aml.config_values import Reading, kind_name, kind_of, shown, value_problem
+from aml.files import read_text
 
 
 class ConfigError(ValueError):
@@ -258,11 +259,11 @@ _SECTIONS: dict[str, type[_Section]] = get_type_hints(Config)
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (or the defaults), with `section.name=value` words applied in order.
 
-    Raises ConfigError with every problem of file and words at once, and FileNotFoundError for a missing file.
+    Raises ConfigError with every problem of file and words at once, and OSError for a file that cannot be read.
     """
     reading = Reading(_SECTIONS)
     if path is not None:
-        reading.add_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        reading.add_yaml(read_text(path, "configuration (--config)"), str(path))
     reading.add_words(overrides)
     if reading.problems:
         raise ConfigError(reading.problems)

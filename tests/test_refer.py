@@ -150,11 +150,18 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert ReferDataset(write_refer(tmp_path / "boxes", annotations=[annotation(7)])).fingerprint != one
 
 
+def test_photographs_where_refer_itself_has_them_are_found(tmp_path):
+    write_refer(tmp_path, images="images/mscoco/images/train2014")
+    assert ReferDataset(tmp_path).expressions("train")[0].image_path.is_file()
+
+
 def test_missing_parts_are_named(tmp_path):
     write_refer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"dataset='refcocog'.*data sets under .*: refcoco"):
         ReferDataset(tmp_path, "refcocog")
-    with pytest.raises(FileNotFoundError, match="no image folder .*nowhere; name it with images="):
+    with pytest.raises(FileNotFoundError, match="no folder .*elsewhere: name the one that holds annotations"):
+        ReferDataset(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no image folder .*nowhere; name it: data.images=DIR"):
         ReferDataset(tmp_path, images=tmp_path / "nowhere")
     data = ReferDataset(tmp_path)
     (tmp_path / "images" / "train2014" / "a.png").unlink()

@@ -4,7 +4,8 @@
                                                       which `aml data convert` writes and which is read before it
                             /grefs(<split_by>).json   gRefCOCO
                             /instances.json           images, annotations and categories, as COCO has them
-    <root>/[images/]train2014/                        COCO's images, for every split
+    <root>/[images/]train2014/                        COCO's images, for every split; REFER itself has them in
+                                                      images/mscoco/images/train2014/
     <root>/[images/]rrsisd/JPEGImages/                RRSIS-D's images
 """
 
@@ -12,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-COCO_IMAGES = ("images/train2014", "train2014")
+COCO_IMAGES = ("images/train2014", "train2014", "images/mscoco/images/train2014")
 # Read where several partitions lie side by side and none is named: what published results are mostly on.
 USUAL_PARTITION = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 IMAGES = {"rrsisd": ("images/rrsisd/JPEGImages", "rrsisd/JPEGImages")}
@@ -20,7 +21,9 @@ _REFS_NAME = re.compile(r"g?refs\((?P<split_by>[^()]+)\)\.(?P<kind>json|p)")
 
 
 def find_data_sets(root: Path) -> list[tuple[str, str]]:
-    """(dataset, split_by) of all data sets under `root`, in the order of their names."""
+    """(dataset, split_by) of all data sets under `root`, in the order of their names. `root` must be a folder."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: name the one that holds annotations and images, see docs/data.md")
     folders = [folder for parent in (root, root / "refer") if parent.is_dir() for folder in parent.iterdir()]
     found = {(folder.name, split_by) for folder in folders if folder.is_dir() for split_by in refs_files(folder)}
     return sorted(found)
@@ -68,7 +71,9 @@ def image_folder(root: Path, dataset: str, images: str | Path | None) -> Path:
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no image folder {' or '.join(map(str, candidates))}; name it with images=")
+    raise FileNotFoundError(
+        f"no image folder {' or '.join(map(str, candidates))}; name it: data.images=DIR, for aml data --images DIR"
+    )
 
 
 def some(names: Any, limit: int = 3) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from aml.data.layout import USUAL_PARTITION
 from aml.data.refer import Expression, ReferDataset
 from aml.data.refs import in_split
+from aml.files import read_text
 
 UNION = ",".join(f"{dataset}({split_by})" for dataset, split_by in USUAL_PARTITION.items())
 
@@ -121,7 +122,7 @@ def open_dataset(
 
 def read_skip_list(path: str | Path) -> list[str]:
     """Image names from a list that `aml data check --bad` wrote: one a line, what follows a tab is the reason."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, "list of images (data.skip, --skip)").splitlines()
     return [line.partition("\t")[0] for line in lines if line.strip()]
 
 
