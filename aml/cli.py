@@ -27,7 +27,7 @@ from aml.commands import (
     robustness,
     train,
 )
-from aml.errors import CheckpointError, NonFiniteLoss, ResumeError, Stopped
+from aml.errors import CheckpointError, LaunchError, NonFiniteLoss, ResumeError, Stopped
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -41,6 +41,10 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "demo": demo,
 }
+MEMORY_REMEDY = (
+    "give a lower train.batch_size (train.accumulate makes up for it), train.precision=bf16, or for CARIS "
+    "model.gradient_checkpointing=true"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,13 +116,17 @@ def _without_traceback(options: argparse.Namespace) -> int:
         return 128 + error.signum
     except NonFiniteLoss as error:
         return _fail(error, 1)
-    except (CheckpointError, ResumeError, OSError, ValueError, ImportError, UnpicklingError) as error:
+    except (CheckpointError, LaunchError, ResumeError, OSError, ValueError, ImportError, UnpicklingError) as error:
         return _fail(error, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported for its name
+            raise
+        return _fail(f"{error}\n{MEMORY_REMEDY}", 1)
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(error: BaseException, code: int) -> int:
+def _fail(error: BaseException | str, code: int) -> int:
     text = str(error) or type(error).__name__
     print("error: " + text.replace("\n", "\n       "), file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from aml.config_values import Reading, kind_name, kind_of, shown, value_problem
+from aml.files import read_text
 
 
 class ConfigError(ValueError):
@@ -115,7 +116,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     root: str = _setting("", "folder with annotations in the REFER layout; the same as --data")
     dataset: str = _setting("refcoco", "refcoco, refcoco+, refcocog, grefcoco, rrsisd, union, or several a(unc),b(umd)")
-    split_by: str | None = _setting(None, "which refs(<split_by>) to read; null = the only one there")
+    split_by: str | None = _setting(None, "which refs(<split_by>) to read; null = unc, for refcocog umd")
     images: str | None = _setting(None, "folder of the images; null = <root>/[images/]train2014")
     skip: str | None = _setting(None, "file that names images to leave out, as aml data check --bad writes it")
     field: Literal["sent", "raw"] = _setting("sent", "which text of an annotation is the sentence")
@@ -258,11 +259,11 @@ _SECTIONS: dict[str, type[_Section]] = get_type_hints(Config)
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (or the defaults), with `section.name=value` words applied in order.
 
-    Raises ConfigError with every problem of file and words at once, and FileNotFoundError for a missing file.
+    Raises ConfigError with every problem of file and words at once, and OSError for a file that cannot be read.
     """
     reading = Reading(_SECTIONS)
     if path is not None:
-        reading.add_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        reading.add_yaml(read_text(path, "configuration (--config)"), str(path))
     reading.add_words(overrides)
     if reading.problems:
         raise ConfigError(reading.problems)

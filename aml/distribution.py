@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from aml.config import Config, ConfigError
+from aml.errors import LaunchError
 
 # A rank that has not answered for so long ends the run with an error. Longer than any one thing that a rank does while
 # the others wait, such as writing a checkpoint.
@@ -20,7 +21,7 @@ PATIENCE = datetime.timedelta(minutes=10)
 def open_accelerator(config: Config) -> accelerate.Accelerator:
     """Joins the process group, where `torchrun` or `accelerate launch` has made one. Collective.
 
-    Raises ConfigError for settings that this machine or FSDP cannot have, RuntimeError where Accelerate would go on
+    Raises ConfigError for settings that this machine or FSDP cannot have, LaunchError where Accelerate would go on
     otherwise than it was asked to.
     """
     has_device = torch.accelerator.is_available()
@@ -35,11 +36,14 @@ def open_accelerator(config: Config) -> accelerate.Accelerator:
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if made.num_processes != launched:
-        raise RuntimeError(f"WORLD_SIZE={launched}, but Accelerate sees {made.num_processes} process(es)")
+        raise LaunchError(
+            f"WORLD_SIZE={launched}, but Accelerate sees {made.num_processes} process(es): start them all with "
+            "torchrun or accelerate launch; for one process unset WORLD_SIZE"
+        )
     if made.distributed_type == DistributedType.FSDP:
         _prepare_fsdp(made, config)
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise RuntimeError(
+        raise LaunchError(
             f"FSDP was asked for, but Accelerate takes it for several GPUs only, and sees {made.num_processes} "
             f"process(es) on {made.device.type}: launch without --use_fsdp"
         )
@@ -48,7 +52,7 @@ def open_accelerator(config: Config) -> accelerate.Accelerator:
 
 def _prepare_fsdp(accelerator: accelerate.Accelerator, config: Config) -> None:
     if not accelerator.is_fsdp2:
-        raise RuntimeError("FSDP version 1 is not supported: launch with --fsdp_version 2")
+        raise LaunchError("FSDP version 1 is not supported: launch with --fsdp_version 2")
     if config.train.ema is not None:
         raise ConfigError(["train.ema: not with FSDP, which divides the weights; launch without --use_fsdp"])
     # Every rank makes the same weights from the seed. The launcher asks for them to be read on rank 0 alone, which

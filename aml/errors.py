@@ -9,6 +9,10 @@ class ResumeError(RuntimeError):
     """The run cannot be resumed, or not with these settings."""
 
 
+class LaunchError(RuntimeError):
+    """The processes were not started as the run, or what it was asked for, needs them."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient was NaN or infinite in more steps in a row than are allowed."""
 

@@ -24,6 +24,19 @@ def appearing_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file. what: names it in errors, for example by the option it was given with.
+
+    Raises OSError (FileNotFoundError where it is missing) or, where it is not UTF-8, ValueError.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is not text in UTF-8: {error}") from error
+    except OSError as error:
+        raise type(error)(f"{what} {path} cannot be read: {error.strerror}") from error
+
+
 def write_whole(path: Path, text: str) -> None:
     with appearing_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -42,8 +55,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def require_no_file(folder: Path) -> None:
+    """Raise NotADirectoryError where a folder that is to be written to, or one above it, is a file."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; give a folder, one that there is or a new one")
+
+
 def require_writable(folder: Path) -> None:
     """Make the folder, or raise OSError, before hours of work for what cannot be stored."""
+    require_no_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable-{os.getpid()}"
     probe.touch()

@@ -55,7 +55,7 @@ def load_photo(path: str | Path) -> Image.Image:
             return ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{path} is not an image that can be read ({error})") from error
 
 

@@ -1,4 +1,4 @@
-"""A trained model beside the data that it is evaluated on: what `aml eval` and `aml robustness` share."""
+"""A trained model beside the data that it is evaluated on: what the commands that measure one share."""
 
 from __future__ import annotations
 
@@ -85,15 +85,20 @@ def open_trained(path: str, data: str | None, words: Sequence[str], device: torc
     Raises ConfigError for settings that the checkpoint has settled, and CheckpointError, OSError or ValueError for a
     checkpoint or data that cannot be read.
     """
-    settled = [word for word in words if word.partition(".")[0] in _FIXED]
-    if settled:
-        raise ConfigError([f"{word}: the checkpoint's own is used; leave the word out" for word in settled])
     folder = checkpoint.resolve(path)
-    settings = load(folder / "config.yaml", [*([f"data.root={data}"] if data else []), *words])
+    settings = settings_beside(folder, [*([f"data.root={data}"] if data else []), *words])
     annotations = assembly.open_data(settings)
     model = predict.load_model(folder, device)
     aligner = predict.load_aligner(folder, model)
     return Trained(folder, settings, load(folder / "config.yaml"), model, aligner, annotations)
+
+
+def settings_beside(folder: Path, words: Sequence[str]) -> Config:
+    """Those of a complete checkpoint with further ones; ConfigError for what the checkpoint has settled."""
+    settled = [word for word in words if word.partition(".")[0] in _FIXED]
+    if settled:
+        raise ConfigError([f"{word}: the checkpoint's own is used; leave the word out" for word in settled])
+    return load(folder / "config.yaml", words)
 
 
 def chosen_splits(text: str, annotations: Annotations) -> list[str]:

@@ -271,8 +271,8 @@ class _Trainer:
             f"{self.config.model.name}: {sum(n for n, _ in sizes):,} parameters, "
             f"{sum(n for n, trained in sizes if trained):,} of them trained; "
             f"alignment {self.config.alignment.strategy}\n"
-            f"{len(self.train_set)} objects, {len(self.val_set)} validation sentences; {self.total} steps, "
-            f"{self.steps_per_epoch} per epoch\n"
+            f"{self.train_set.refer.name}: {len(self.train_set)} objects, {len(self.val_set)} validation sentences; "
+            f"{self.total} steps, {self.steps_per_epoch} per epoch\n"
             f"batch {self._effective_batch()} = {settings.batch_size} x {self.world} {self.device.type} "
             f"x {settings.accumulate} accumulated; precision {settings.precision}; writing to {self.out}"
         )

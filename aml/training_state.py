@@ -21,6 +21,7 @@ from aml import __version__, checkpoint
 from aml.config import Config, differences, load, to_yaml
 from aml.data.dataset import RISDataset
 from aml.errors import NonFiniteLoss, ResumeError
+from aml.files import require_no_file
 from aml.learner import Learner
 from aml.runlog import source_commit
 from aml.training_window import Window
@@ -47,6 +48,7 @@ class Progress:
 
 def starting_point(out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from. Neither starts over in a directory that holds a run, nor the reverse."""
+    require_no_file(out)
     found, skipped = checkpoint.newest(out)
     for line in skipped:
         print(f"skipped checkpoint {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from aml import alignment_maps, assembly, checkpoint, cli, evaluation, predict
 from aml.alignment_tables import markdown
+from aml.commands import alignment_report
 from aml.config import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,6 +135,30 @@ def test_the_trained_pair_learns(place):
             features = model.encode(batch["image"], batch["tokens"], batch["text_mask"])
             losses.append(pair.auxiliary_loss(pair(features), batch["target"]).item())
     assert losses[1] < 0.8 * losses[0]
+
+
+def test_a_checkpoint_keeps_its_settings_where_scenes_are_rendered(run, place, tmp_path, monkeypatch):
+    """As one of `aml convert`, which names no data."""
+    folder = checkpoint.resolve(place / "run")
+    with checkpoint.written_whole(tmp_path / "converted") as converted:
+        for file in folder.iterdir():
+            if file.name != "COMPLETE":
+                shutil.copyfile(file, converted / file.name)
+        text = (converted / "config.yaml").read_text()
+        (converted / "config.yaml").write_text(text.replace(f"root: {place / 'data'}", "root: ''"))
+    monkeypatch.setattr(alignment_report, "_render", lambda folder: place / "data")
+    few = ["--steps", "0", "--seeds", "1", "--sentences", "2", "--pictures", "0"]
+    words = ["--checkpoint", str(tmp_path / "converted"), "--out", str(tmp_path / "report"), *few]
+    assert cli.main(["alignment-report", *words]) == 0
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert results["data"] == "rendered scenes" and "of this run" in results["maps"]
+
+
+def test_settings_that_the_checkpoint_has_settled_are_refused(run, place, tmp_path, capsys):
+    words = ["--checkpoint", str(place / "run"), "--out", str(tmp_path / "report"), "model.name=caris"]
+    assert cli.main(["alignment-report", *words]) == 2
+    assert "model.name=caris: the checkpoint's own is used" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
 
 
 def test_mistakes(place, capsys):

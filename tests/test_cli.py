@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from aml import checkpoint, cli
 from aml.config import load
+from aml.errors import LaunchError
 
 REAL = Path(__file__).resolve().parents[2] / "shared/fixtures/real_ris"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +93,10 @@ sys.exit(code)
         (["train", "--reusme"], "unknown argument '--reusme'; did you mean --resume?"),
         (["train", "--confg=x"], "unknown argument '--confg=x'; did you mean --config?"),
         (["train", "surplus"], "unknown argument 'surplus'"),
-        (["train", "--config", "/nowhere.yaml"], "No such file"),
+        (["train", "--config", "/nowhere.yaml"], "configuration (--config) /nowhere.yaml cannot be read: No such file"),
+        (["train", "--config", "/"], "configuration (--config) / cannot be read: Is a directory"),
+        (["data", "check", "/nowhere"], "no folder /nowhere"),
+        (["data", "check", "/", "--skip", "/nowhere.txt"], "list of images (data.skip, --skip) /nowhere.txt cannot be"),
         (["train"], "data.root: no data given; use --data"),
         (["train", "--data", "/nowhere"], "no folder"),
         (["train", "--resume", "--out", "/nowhere"], "/nowhere has no complete checkpoint"),
@@ -111,6 +116,45 @@ sys.exit(code)
 )
 def test_a_mistake_is_told_in_a_line(capsys, words, said):
     assert said in failing(capsys, *words)
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe")
+    said = failing(capsys, "train", "--config", str(tmp_path / "run.yaml"))
+    assert f"{tmp_path / 'run.yaml'} is not text in UTF-8" in said
+
+
+def test_an_out_that_is_a_file_is_named(run, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    photo = next((run.parent / "data").rglob("*.png"))
+    given = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
+    for words in (
+        ["eval", *given], ["robustness", *given], ["predict", str(photo), "the dog", *given],
+        ["train", "--data", str(run.parent / "data"), "--out", str(tmp_path / "out/run")],
+    ):
+        assert f"{tmp_path / 'out'} is a file; give a folder" in failing(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (LaunchError("WORLD_SIZE=2"), 2, "error: WORLD_SIZE=2"),
+        (torch.OutOfMemoryError("GPU 0 is full."), 1, "error: GPU 0 is full.\n       give a lower train.batch_size"),
+    ],
+)
+def test_what_is_no_bug_is_told_without_traceback(capsys, monkeypatch, error, code, said):
+    def run(options):
+        raise error
+
+    monkeypatch.setattr(cli.doctor, "run", run)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_other_errors_keep_theirs(monkeypatch):
+    monkeypatch.setattr(cli.doctor, "run", lambda options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.main(["doctor"])
 
 
 def test_file_then_options_then_words_decide(run):

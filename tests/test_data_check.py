@@ -105,6 +105,15 @@ def test_partitions_by_object_share_images_by_design(tmp_path, capsys):
     assert code == 0 and "note  1 training image also in other splits: this partition is by object" in said
 
 
+def test_the_list_of_bad_images_is_made_room_for_before_the_search(tmp_path, capsys):
+    write_refer(tmp_path)
+    (tmp_path / "images/train2014/a.png").unlink()
+    code, said = run(capsys, "check", tmp_path, "--bad", tmp_path / "new/bad.txt")
+    assert code == 1 and (tmp_path / "new/bad.txt").read_text() == "a.png\tmissing\n"
+    code, said = run(capsys, "check", tmp_path, "--bad", tmp_path / "new")
+    assert code == 2 and "it is a folder" in said and "refcoco(unc)" not in said
+
+
 # Damage
 
 

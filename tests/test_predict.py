@@ -103,6 +103,13 @@ def test_unreadable_input_is_named(model, photo, tmp_path):
         predict(model, photo, "  ")
 
 
+def test_a_photograph_too_large_to_be_one_is_named(photo, tmp_path, monkeypatch):
+    photo.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match=r"large.png is not an image that can be read \(Image size .* exceeds limit"):
+        load_photo(tmp_path / "large.png")
+
+
 def test_saved_mask_and_overlay(photo, tmp_path):
     mask = np.zeros((50, 70), dtype=bool)
     mask[10:30, 20:50] = True
@@ -211,6 +218,7 @@ def test_mistakes_of_predict(folder, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, said in (
         ([photos[0]], "expected photos and a sentence, or --interactive"),
+        (photos, "is a file or folder: the sentence comes last, or give --interactive"),
         ([tmp_path / "empty", "a dog"], "holds no photos (.bmp, "),
         ([tmp_path / "nowhere.png", "a dog"], "no such photo or folder"),
         ([photos[1] / "broken.jpg", "a dog"], "is not an image that can be read"),

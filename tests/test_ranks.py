@@ -20,7 +20,7 @@ from runs import assert_same_run, lines
 
 from aml import checkpoint, cli, training
 from aml.config import load
-from aml.errors import ResumeError
+from aml.errors import LaunchError, ResumeError
 from aml.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +110,7 @@ def test_fsdp_goes_on_to_the_bit(place, launch):
 def test_fsdp_where_accelerate_would_not_use_it_is_refused(words, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(RuntimeError, match="FSDP was asked for, .* 1 process.* on cpu: launch without --use_fsdp"):
+    with pytest.raises(LaunchError, match="FSDP was asked for, .* 1 process.* on cpu: launch without --use_fsdp"):
         train(load(None, words("refused")))
 
 

@@ -123,15 +123,24 @@ def test_a_ref_of_several_test_splits_belongs_to_each(tmp_path):
     assert found == {"testA": {0}, "testB": {0, 1}, "test": {0, 1}, "testAB": {0}}
 
 
-def test_split_by_must_be_named_where_there_are_several(tmp_path):
-    write_refer(tmp_path)
-    assert ReferDataset(tmp_path).refs_path.name == "refs(unc).p"
+def test_of_several_partitions_the_usual_one_is_read(tmp_path):
     write_refer(tmp_path, split_by="google")
-    with pytest.raises(FileNotFoundError, match="split_by: not given.*google, unc"):
-        ReferDataset(tmp_path)
+    assert ReferDataset(tmp_path).name == "refcoco(google)"  # the only one there
+    write_refer(tmp_path)
+    assert ReferDataset(tmp_path).name == "refcoco(unc)"
     assert ReferDataset(tmp_path, split_by="google").refs_path.name == "refs(google).p"
-    with pytest.raises(FileNotFoundError, match="split_by: 'umd'.*google, unc"):
+    with pytest.raises(FileNotFoundError, match=r"split_by: 'umd'; .*google, unc: .* 'refcoco\(google\)' or 'refcoco"):
         ReferDataset(tmp_path, split_by="umd")
+    for split_by in ("google", "umd"):
+        write_refer(tmp_path, split_by=split_by, dataset="refcocog")
+    assert ReferDataset(tmp_path, "refcocog").name == "refcocog(umd)"
+
+
+def test_split_by_must_be_named_where_several_lie_and_none_is_usual(tmp_path):
+    for split_by in ("mine", "yours"):
+        write_refer(tmp_path, split_by=split_by, dataset="dogs")
+    with pytest.raises(FileNotFoundError, match=r"not given.* has mine, yours: name the data set as 'dogs\(mine\)' or"):
+        ReferDataset(tmp_path, "dogs")
 
 
 def test_fingerprint_follows_the_content(tmp_path):
@@ -141,11 +150,18 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert ReferDataset(write_refer(tmp_path / "boxes", annotations=[annotation(7)])).fingerprint != one
 
 
+def test_photographs_where_refer_itself_has_them_are_found(tmp_path):
+    write_refer(tmp_path, images="images/mscoco/images/train2014")
+    assert ReferDataset(tmp_path).expressions("train")[0].image_path.is_file()
+
+
 def test_missing_parts_are_named(tmp_path):
     write_refer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"dataset='refcocog'.*data sets under .*: refcoco"):
         ReferDataset(tmp_path, "refcocog")
-    with pytest.raises(FileNotFoundError, match="no image folder .*nowhere; name it with images="):
+    with pytest.raises(FileNotFoundError, match="no folder .*elsewhere: name the one that holds annotations"):
+        ReferDataset(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no image folder .*nowhere; name it: data.images=DIR"):
         ReferDataset(tmp_path, images=tmp_path / "nowhere")
     data = ReferDataset(tmp_path)
     (tmp_path / "images" / "train2014" / "a.png").unlink()

@@ -13,7 +13,7 @@ import torch
 from aml import checkpoint, distribution, runlog, training
 from aml.config import ConfigError, load
 from aml.data.refer import ReferDataset
-from aml.errors import ResumeError
+from aml.errors import LaunchError, ResumeError
 from aml.runlog import RunLog, read_log
 from aml.training import train
 
@@ -169,7 +169,7 @@ def test_half_precision_takes_a_gpu(tmp_path, words):
 @pytest.mark.parametrize(
     ("version", "ema", "error", "message"),
     [
-        (1, None, RuntimeError, "FSDP version 1 is not supported: launch with --fsdp_version 2"),
+        (1, None, LaunchError, "FSDP version 1 is not supported: launch with --fsdp_version 2"),
         (2, 0.9, ConfigError, "train.ema: not with FSDP"),
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,17 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from aml import alignment_figures, alignment_maps, assembly, checkpoint, config, predict
+    from aml.files import require_writable
     from aml.models import build_model
+    from aml.trained import settings_beside
 
     out = Path(options.out)
     folder = checkpoint.resolve(options.checkpoint) if options.checkpoint else None
-    words = [f"data.root={options.data}"] if options.data else []
-    settings = config.load(folder and folder / "config.yaml", [*words, *options.settings])
-    if not settings.data.root:
-        settings = config.load(None, [f"data.root={_render(out / 'scenes')}", *options.settings])
+    load = partial(settings_beside, folder) if folder else partial(config.load, None)
+    settings = load([*([f"data.root={options.data}"] if options.data else []), *options.settings])
+    rendered = not settings.data.root
+    if rendered:
+        settings = load([f"data.root={_render(out / 'scenes')}", *options.settings])
     refer = assembly.open_data(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.train.seed)
@@ -65,12 +69,11 @@ def run(options: argparse.Namespace) -> int:
     model = model.to(device).eval()
     dataset = assembly.build_dataset(settings, refer, model, options.split, train=False)
     batch_size = settings.train.batch_size
+    require_writable(out)
 
     maps: dict[str, list[Any]] = {}
     if folder:
-        aligner = assembly.build_aligner(settings, model)
-        checkpoint.load_weights(folder, aligner=aligner)
-        maps["of this run"] = [aligner.patchmax.to(device)]
+        maps["of this run"] = [predict.load_aligner(folder, model).patchmax]
     if options.steps:
         lessons = assembly.build_dataset(settings, refer, model, options.train_split, train=False)
         training = {"steps": options.steps, "batch_size": 2 * batch_size, "lr": options.lr, "device": device}
@@ -85,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         "command": _command(options),
         "model": settings.model.name,
         "image_size": model.image_size,
-        "data": settings.data.dataset if options.data or folder else "rendered scenes",
+        "data": "rendered scenes" if rendered else refer.name,
         "split": options.split,
         "sentences": len(records),
         "images": len({record["image_id"] for record in records}),
@@ -99,7 +102,6 @@ def run(options: argparse.Namespace) -> int:
         "released": alignment_maps.released_shares(),
         "records": records,
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     text = markdown(results)
     (out / "report.md").write_text(text, encoding="utf-8")

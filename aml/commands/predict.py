@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -37,11 +38,15 @@ def run(options: argparse.Namespace) -> int:
     words = options.words
     if not options.interactive and len(words) < 2:
         raise ValueError(f"{words[0]!r}: expected photos and a sentence, or --interactive")
+    if not options.interactive and os.path.exists(words[-1]):
+        raise ValueError(f"{words[-1]!r} is a file or folder: the sentence comes last, or give --interactive")
     paths = list(_photos(words if options.interactive else words[:-1]))
     import torch
 
     from aml import predict
+    from aml.files import require_no_file
 
+    require_no_file(Path(options.out))
     photos = {path: predict.load_photo(path) for path in paths} if len(paths) == 1 else dict.fromkeys(paths)
     model = predict.load_model(options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     tools = model, predict.load_aligner(options.checkpoint, model)

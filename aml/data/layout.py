@@ -4,7 +4,8 @@
                                                       which `aml data convert` writes and which is read before it
                             /grefs(<split_by>).json   gRefCOCO
                             /instances.json           images, annotations and categories, as COCO has them
-    <root>/[images/]train2014/                        COCO's images, for every split
+    <root>/[images/]train2014/                        COCO's images, for every split; REFER itself has them in
+                                                      images/mscoco/images/train2014/
     <root>/[images/]rrsisd/JPEGImages/                RRSIS-D's images
 """
 
@@ -12,13 +13,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-COCO_IMAGES = ("images/train2014", "train2014")
+COCO_IMAGES = ("images/train2014", "train2014", "images/mscoco/images/train2014")
+# Read where several partitions lie side by side and none is named: what published results are mostly on.
+USUAL_PARTITION = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 IMAGES = {"rrsisd": ("images/rrsisd/JPEGImages", "rrsisd/JPEGImages")}
 _REFS_NAME = re.compile(r"g?refs\((?P<split_by>[^()]+)\)\.(?P<kind>json|p)")
 
 
 def find_data_sets(root: Path) -> list[tuple[str, str]]:
-    """(dataset, split_by) of all data sets under `root`, in the order of their names."""
+    """(dataset, split_by) of all data sets under `root`, in the order of their names. `root` must be a folder."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: name the one that holds annotations and images, see docs/data.md")
     folders = [folder for parent in (root, root / "refer") if parent.is_dir() for folder in parent.iterdir()]
     found = {(folder.name, split_by) for folder in folders if folder.is_dir() for split_by in refs_files(folder)}
     return sorted(found)
@@ -47,16 +52,18 @@ def refs_files(folder: Path) -> dict[str, Path]:
 
 
 def refs_file(folder: Path, split_by: str | None) -> tuple[str, Path]:
-    """(split_by, path) of the refs to read; `split_by` may be None where there is one file only."""
+    """(split_by, path) of the refs to read; `split_by` None: the only ones there, or else the usual ones."""
     there = refs_files(folder)
     if not there:
         raise FileNotFoundError(f"no file refs(<split_by>).p, or .json, in {folder}")
-    if split_by is None and len(there) == 1:
-        return next(iter(there.items()))
-    if split_by not in there:
+    wanted = split_by
+    if wanted is None:
+        wanted = next(iter(there)) if len(there) == 1 else USUAL_PARTITION.get(folder.name)
+    if wanted is None or wanted not in there:
         given = "not given, and there are several" if split_by is None else repr(split_by)
-        raise FileNotFoundError(f"split_by: {given}; {folder} has {', '.join(there)}")
-    return split_by, there[split_by]
+        names = " or ".join(f"'{folder.name}({name})'" for name in there)
+        raise FileNotFoundError(f"split_by: {given}; {folder} has {', '.join(there)}: name the data set as {names}")
+    return wanted, there[wanted]
 
 
 def image_folder(root: Path, dataset: str, images: str | Path | None) -> Path:
@@ -64,7 +71,9 @@ def image_folder(root: Path, dataset: str, images: str | Path | None) -> Path:
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no image folder {' or '.join(map(str, candidates))}; name it with images=")
+    raise FileNotFoundError(
+        f"no image folder {' or '.join(map(str, candidates))}; name it: data.images=DIR, for aml data --images DIR"
+    )
 
 
 def some(names: Any, limit: int = 3) -> str:

@@ -52,7 +52,8 @@ class ReferDataset:
     Args:
         root: folder that holds `<dataset>/` or `refer/<dataset>/`, and the images: see `aml.data.layout`.
         dataset: folder name, for example "refcoco", "refcoco+", "refcocog", "grefcoco", "rrsisd".
-        split_by: which refs to read, "unc", "umd" or "google"; may be left out where there is only one file.
+        split_by: which refs to read, "unc", "umd" or "google"; None: the only ones there, or of several those that
+            `aml.data.layout.USUAL_PARTITION` names.
         images: folder of the images; default: where `aml.data.layout` expects them.
         field: "sent" (cleaned sentence) or "raw" (as typed). Published results use one or the other.
         skip: file names of images that are left out, with all refs on them; `skipped` counts these refs.

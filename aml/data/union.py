@@ -1,7 +1,7 @@
 """Several data sets as one, and data sets by name.
 
-    open_dataset(root, "refcoco")                                     one; split_by where there are several
-    open_dataset(root, "refcocog(google)")                            the same, in one word
+    open_dataset(root, "refcoco")                                     one; of several partitions the usual
+    open_dataset(root, "refcocog(google)")                            one partition of it
     open_dataset(root, "union")                                       refcoco(unc), refcoco+(unc), refcocog(umd)
     open_dataset(root, "refcoco(unc),refcocog(umd),refcocog(google)") any others
 
@@ -18,10 +18,12 @@ from typing import Protocol
 
 import numpy as np
 
+from aml.data.layout import USUAL_PARTITION
 from aml.data.refer import Expression, ReferDataset
 from aml.data.refs import in_split
+from aml.files import read_text
 
-UNION = "refcoco(unc),refcoco+(unc),refcocog(umd)"
+UNION = ",".join(f"{dataset}({split_by})" for dataset, split_by in USUAL_PARTITION.items())
 
 
 class Annotations(Protocol):
@@ -120,7 +122,7 @@ def open_dataset(
 
 def read_skip_list(path: str | Path) -> list[str]:
     """Image names from a list that `aml data check --bad` wrote: one a line, what follows a tab is the reason."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, "list of images (data.skip, --skip)").splitlines()
     return [line.partition("\t")[0] for line in lines if line.strip()]
 
 

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from aml.data import check
     from aml.data.union import read_skip_list
+    from aml.files import require_writable, write_whole
 
+    bad_list = Path(options.bad) if options.bad else None
+    if bad_list:
+        if bad_list.is_dir():
+            raise IsADirectoryError(f"--bad {bad_list}: expected a file to write, it is a folder")
+        require_writable(bad_list.parent)
     skip = read_skip_list(options.skip) if options.skip else []
     reports, bad = [], dict[str, str]()
     for report in check.check(
@@ -44,10 +50,10 @@ def run(options: argparse.Namespace) -> int:
         bad |= report.bad
     for line in check.leaks(reports):
         print(line)
-    if options.bad:
+    if bad_list:
         lines = [f"{name}\t{' '.join(reason.split())}\n" for name, reason in sorted(bad.items())]
-        Path(options.bad).write_text("".join(lines), encoding="utf-8")
-        print(f"wrote {options.bad}: {len(lines)} images; leave them out with data.skip={options.bad}")
+        write_whole(bad_list, "".join(lines))
+        print(f"wrote {bad_list}: {len(lines)} images; leave them out with data.skip={bad_list}")
     unusable = [f"{report.dataset}({report.split_by})" for report in reports if not report.usable]
     print(f"{len(reports)} data sets: " + (f"NOT usable: {', '.join(unusable)}" if unusable else "usable"))
     return 1 if unusable else 0
