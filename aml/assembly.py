@@ -6,11 +6,29 @@ import os
 import sys
 from dataclasses import asdict
 
+import torch
+
 from aml.alignment import AlignmentLoss
 from aml.config import Config, ConfigError
 from aml.data.dataset import RISDataset
 from aml.data.union import Annotations, open_dataset, read_skip_list
 from aml.models import RISModel
+from aml.strategies import RELEASED_BLOCK
+
+
+def training_problems(config: Config) -> list[str]:
+    """Settings that this machine, or the strategy, cannot be trained with: a line for each."""
+    problems = []
+    if config.train.precision == "fp16" and not torch.accelerator.is_available():
+        problems.append("train.precision=fp16: takes a GPU; give bf16 or no")
+    if config.alignment.strategy == "released":
+        # Its first filtered step, which may come late, would find out.
+        name, size, resize = "alignment.strategy=released", config.model.image_size, config.data.resize
+        if resize != "squash":
+            problems.append(f"data.resize={resize}: {name} knows no padding; give data.resize=squash")
+        if size is not None and size % RELEASED_BLOCK:
+            problems.append(f"model.image_size={size}: {name} fills squares of {RELEASED_BLOCK}; give a multiple of it")
+    return problems
 
 
 def open_data(config: Config) -> Annotations:

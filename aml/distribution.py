@@ -21,15 +21,12 @@ PATIENCE = datetime.timedelta(minutes=10)
 def open_accelerator(config: Config) -> accelerate.Accelerator:
     """Joins the process group, where `torchrun` or `accelerate launch` has made one. Collective.
 
-    Raises ConfigError for settings that this machine or FSDP cannot have, LaunchError where Accelerate would go on
-    otherwise than it was asked to.
+    Raises ConfigError for settings that FSDP cannot have, LaunchError where Accelerate would go on otherwise than it
+    was asked to.
     """
-    has_device = torch.accelerator.is_available()
-    if config.train.precision == "fp16" and not has_device:
-        raise ConfigError(["train.precision=fp16: takes a GPU; give bf16 or no"])
     AcceleratorState._reset_state()  # or a second run in this process could not have another precision
     made = accelerate.Accelerator(
-        cpu=not has_device,  # untold, it takes CPU processes for separate runs
+        cpu=not torch.accelerator.is_available(),  # untold, it takes CPU processes for separate runs
         mixed_precision=config.train.precision,
         gradient_accumulation_steps=config.train.accumulate,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

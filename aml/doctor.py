@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from aml.assembly import build_aligner, open_data
+from aml.assembly import build_aligner, open_data, training_problems
 from aml.config import Config
 from aml.models import RISModel, build_model
 
@@ -57,6 +57,7 @@ def examine(settings: Config) -> Iterator[Finding]:
     built: list[RISModel] = []
     yield from _guarded("packages", packages)
     yield from _guarded("operators", operators)
+    yield from _guarded("settings", lambda: refused(settings))
     yield from _guarded("weights", lambda: weights(settings, built))
     yield from _guarded("model", lambda: training_step(settings, built))
     yield from _guarded("run folder", lambda: run_folder(settings, checkpoint_bytes(settings, built)))
@@ -107,6 +108,13 @@ def operators() -> Iterator[Finding]:
             remedy = "python -m aml_kernels tells what was built; pip install --no-build-isolation . builds it"
             instead = _backend.choose(None, torch.device(device))
             yield Finding(WARN, "operators", f"{device.upper()} tensors run on {instead!r}, slower: {reason}", remedy)
+
+
+def refused(settings: Config) -> Iterator[Finding]:
+    """What `aml train` refuses before it begins."""
+    for problem in training_problems(settings):
+        name, _, remedy = problem.partition("; ")
+        yield Finding(FAIL, "settings", name, remedy)
 
 
 def weights(settings: Config, built: list[RISModel]) -> Iterator[Finding]:

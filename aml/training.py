@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from aml import evaluation, sharding
-from aml.assembly import build_aligner, build_dataset, open_data
+from aml.assembly import build_aligner, build_dataset, open_data, training_problems
 from aml.config import Config, ConfigError, to_yaml
 from aml.console import StopSignals, on_terminal
 from aml.data.dataset import EpochBatches
@@ -54,6 +54,8 @@ def train(config: Config, *, resume: bool = False, allow_change: Sequence[str] =
     Raises Stopped after SIGINT or SIGTERM, NonFiniteLoss, ResumeError, ConfigError, and what reading the data
     raises. Settings and annotations are checked before any process group is formed or model built.
     """
+    if problems := training_problems(config):
+        raise ConfigError(problems)
     start = starting_point(Path(config.train.out), resume)
     refer = open_data(config)
     if config.train.tensorboard:

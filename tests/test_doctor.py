@@ -54,6 +54,13 @@ def test_a_failure_is_exit_code_1_with_a_remedy(words, capsys, monkeypatch):
     assert said.splitlines()[-1].startswith("1 failed")
 
 
+def test_what_training_refuses_is_found(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (found,) = doctor.refused(load(None, ["train.precision=fp16"]))
+    assert found == (doctor.FAIL, "settings", "train.precision=fp16: takes a GPU", "give bf16 or no")
+    assert not list(doctor.refused(load(None, ["train.precision=bf16", "alignment.strategy=released"])))
+
+
 def test_weights_that_are_not_here_are_not_downloaded(words, monkeypatch):
     import socket
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load, save
@@ -98,6 +99,12 @@ def test_frozen_encoders_stay_in_eval_mode_and_get_no_gradient(model):
         assert not trained, f"decoder parameters without gradient: {trained}"
     finally:
         model.eval().zero_grad()
+
+
+def test_more_tokens_than_the_text_encoder_has_positions_are_refused(tmp_path):
+    folder = str(tiny.write_text_encoder(tmp_path))
+    with pytest.raises(ValueError, match="max_tokens=33: the text encoder of .* has 32 positions; give 32 or fewer"):
+        build_model("compact", backbone="test_efficientnet", text_encoder=folder, pretrained=False, max_tokens=33)
 
 
 def test_parameter_groups_cover_what_is_trained_once():

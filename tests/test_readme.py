@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 
 from aml import cli
 
@@ -51,6 +53,22 @@ def test_commands_exist(page):
     for command in commands:
         options, rest = cli._parser().parse_known_args(shlex.split(command))
         assert all("=" in word for word in rest) and (options.takes_settings or not rest), command
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_its_train_and_eval_run_where_two_partitions_lie(tmp_path, monkeypatch):
+    """RefCOCO as REFER distributes it; the model is small and trained for a step."""
+    monkeypatch.chdir(tmp_path)
+    refs = tiny.write_data(tmp_path / "DIR") / "refcoco/refs(unc).p"
+    shutil.copyfile(refs, refs.with_name("refs(google).p"))
+    lines = [line.partition("  #")[0] for block in blocks("README.md", "bash") for line in block.splitlines()]
+    (train,) = (line for line in lines if line.startswith("aml train --data DIR"))
+    (evaluate,) = (line for line in lines if line.startswith("aml eval "))
+    small = tiny.settings(tmp_path / "DIR", tiny.write_text_encoder(tmp_path / "encoder"), tmp_path, "train.steps=1")
+    small = [word for word in small if not word.startswith(("data.root", "train.out"))]
+    assert cli.main([*shlex.split(train)[1:], *small]) == 0
+    assert cli.main(shlex.split(evaluate)[1:]) == 0
+    assert (tmp_path / "runs/first/evaluations").is_dir()
 
 
 def test_the_table_is_that_of_the_stored_rows(monkeypatch):

@@ -167,6 +167,19 @@ def test_half_precision_takes_a_gpu(tmp_path, words):
 
 
 @pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.resize=letterbox", "alignment.strategy=released knows no padding; give data.resize=squash"),
+        ("model.image_size=72", "model.image_size=72: alignment.strategy=released fills squares of 32"),
+    ],
+)
+def test_what_the_released_filter_cannot_have_is_refused_before_the_first_step(tmp_path, words, word, message):
+    with pytest.raises(ConfigError, match=message):
+        train(load(None, words(tmp_path / "run", "alignment.strategy=released", "alignment.warmup=1", word)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("version", "ema", "error", "message"),
     [
         (1, None, LaunchError, "FSDP version 1 is not supported: launch with --fsdp_version 2"),

@@ -67,8 +67,7 @@ class CARIS(TokenizedModel):
         self.freeze_encoders = freeze_encoders
         self.visual = SwinBackbone(backbone, pretrained, backbone_weights, drop_path, **(backbone_options or {}))
         self.text, tokenizer = build_bert(text_encoder, pretrained)
-        if max_tokens > self.text.config.max_position_embeddings:
-            raise ValueError(f"max_tokens={max_tokens}: {text_encoder} has {self.text.config.max_position_embeddings}")
+        self.require_positions(self.text.config, text_encoder)
         self.visual_dim = self.visual.channels[-1]
         self.text_dim = self.text.config.hidden_size
         self.prompts = VisualPrompts(self.visual_dim, self.text_dim)

@@ -50,12 +50,11 @@ class CLIPSegRIS(TokenizedModel):
             raise ValueError("freeze_encoders=False: CLIPSeg trains its decoder only; leave the setting out")
         self.clipseg, tokenizer = _build(backbone, pretrained)
         config = self.clipseg.config
-        patch, longest = config.vision_config.patch_size, config.text_config.max_position_embeddings
+        patch = config.vision_config.patch_size
         if image_size % patch:
             raise ValueError(f"image_size={image_size} must be a multiple of the patch size {patch} of {backbone}")
-        if max_tokens > longest:
-            raise ValueError(f"max_tokens={max_tokens}: the text encoder of {backbone} has {longest} positions")
         self.image_size, self.max_tokens = image_size, max_tokens
+        self.require_positions(config.text_config, backbone)
         self.image_mean, self.image_std = _colours(backbone)
         self.visual_dim = self.text_dim = config.projection_dim
         self.clipseg.clip.requires_grad_(False)

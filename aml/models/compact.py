@@ -66,6 +66,7 @@ class CompactRIS(TokenizedModel):
         channels = [self.backbone.feature_info.channels()[index] for index in self._maps]
         self.memo = FeatureMemo(memo_mb * 2**20, self._maps)
         self.text_encoder, tokenizer = build_text_encoder(text_encoder, pretrained)
+        self.require_positions(self.text_encoder.config, text_encoder)
         self.visual_dim = channels[2]
         self.text_dim = self.text_encoder.config.hidden_size
         self.decoder = FusionDecoder(channels, self.text_dim, dim, layers, dropout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -20,6 +21,15 @@ class TokenizedModel(RISModel):
 
     special_tokens: Tensor
     keep_end = True
+
+    def require_positions(self, text_config: Any, text_encoder: str) -> None:
+        """Raise ValueError where `max_tokens` are more than the encoder of this configuration of transformers takes."""
+        longest = getattr(text_config, "max_position_embeddings", None)  # some encoders take any number
+        if longest is not None and self.max_tokens > longest:
+            raise ValueError(
+                f"max_tokens={self.max_tokens}: the text encoder of {text_encoder!r} has {longest} positions; give "
+                f"{longest} or fewer"
+            )
 
     def set_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         """None: there is no tokenizer yet; it comes with a checkpoint."""
