@@ -200,10 +200,17 @@ def test_one_data_set_may_be_chosen(tmp_path, capsys):
     assert run(capsys, "check", tmp_path, "--dataset", "refcocog")[1].startswith("refcocog(umd)\n")
     code, said = run(capsys, "check", tmp_path, "--dataset", "refcocog", "--split-by", "google")
     assert code == 2 and f"no data set refcocog(google) under {tmp_path} (refcoco(unc), refcocog(umd))" in said
-    code, said = run(capsys, "check", tmp_path / "nowhere")
-    assert code == 2 and f"expected for example {tmp_path}/nowhere/refcoco/refs(unc).p beside an" in said
+    (tmp_path / "empty").mkdir()
+    code, said = run(capsys, "check", tmp_path / "empty")
+    assert code == 2 and f"expected for example {tmp_path}/empty/refcoco/refs(unc).p beside an" in said
     code, said = run(capsys, "check", tmp_path, "--quik")
     assert code == 2 and "did you mean --quick?" in said
+
+
+@pytest.mark.parametrize("command", ["check", "convert", "stats"])
+def test_a_root_that_is_not_there_is_named(tmp_path, capsys, command):
+    code, said = run(capsys, command, tmp_path / "nowhere")
+    assert code == 2 and said.startswith(f"error: no folder {tmp_path}/nowhere: name the one that holds annotations")
 
 
 def test_check_and_convert_need_no_torch(tmp_path):
@@ -221,7 +228,7 @@ def test_convert_says_what_it_wrote(tmp_path, capsys):
     code, said = run(capsys, "convert", write_refer(tmp_path))
     assert code == 0 and said == f"wrote {tmp_path}/refcoco/refs(unc).json: 2 refs, 0.0 MB\n"
     assert "is a pickle" not in run(capsys, "check", tmp_path)[1]
-    code, said = run(capsys, "convert", tmp_path / "nowhere")
+    code, said = run(capsys, "convert", tmp_path / "images")
     assert code == 2 and "no file refs(<split_by>).p" in said
 
 
