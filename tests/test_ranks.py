@@ -3,6 +3,7 @@
 Most of it is done in one launch by torchrun, since starting Python takes longer than the work.
 """
 
+import functools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 import launched
 import pytest
 import tiny
+import torch
 from runs import assert_same_run, lines
 
 from aml import checkpoint, cli, training
@@ -31,6 +33,7 @@ ALIKE = (
     "model.freeze_encoders=true", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=3", "train.keep=9",
     "alignment.target_weight=20",  # or so short a training would find nothing anywhere
 )
+STRATEGIES = ("loss", "image", "released")  # of one pass, of one and a half, of two
 SPREAD = ("train.steps=4", "train.log_every=8")  # whose checkpoint of step 3 tells the samples of all steps
 
 
@@ -197,3 +200,34 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path, words):
     for rank in ranks:
         rank.kill()
     assert code == 1
+
+
+def train_caris(rank, rendezvous, runs):
+    """A narrow one. DDP must add up the gradients of all weights, or those of the two ranks move apart."""
+    tiny.join_ranks(rank, rendezvous)
+    narrow = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (2, 4, 4, 8)}
+    training.build_model = functools.partial(training.build_model, backbone_options=narrow)
+
+    def run(self, original=training._Trainer.run):
+        original(self)
+        gathered = self.accelerator.gather(torch.cat([p.detach().flatten() for p in self.learner.module.parameters()]))
+        assert torch.equal(*gathered.chunk(2))
+
+    training._Trainer.run = run
+    for each in runs:
+        train(load(None, each))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_caris(tmp_path, words):
+    """With what a GPU is short of memory for: bf16, and activations computed again in the backward pass."""
+    more = (
+        "model.name=caris", "model.backbone=swin_tiny_patch4_window7_224", "model.layers=2",
+        "model.gradient_checkpointing=true", "model.freeze_encoders=false", "train.precision=bf16", "train.steps=3",
+        "train.batch_size=2", "alignment.warmup=0",
+    )
+    runs = [words(tmp_path / strategy, *more, f"alignment.strategy={strategy}") for strategy in STRATEGIES]
+    assert ended(start_both(tmp_path, train_caris, runs), 120) == [0, 0]
+    for strategy in STRATEGIES:
+        steps = [line for line in lines(tmp_path / strategy) if line["kind"] == "train"]
+        assert [(line["step"], line["skipped"]) for line in steps] == [(1, 0), (2, 0), (3, 0)]
