@@ -223,11 +223,11 @@ def test_two_ranks_train_caris(tmp_path, words):
     """With what a GPU is short of memory for: bf16, and activations computed again in the backward pass."""
     more = (
         "model.name=caris", "model.backbone=swin_tiny_patch4_window7_224", "model.layers=2",
-        "model.gradient_checkpointing=true", "model.freeze_encoders=false", "train.precision=bf16", "train.steps=3",
+        "model.gradient_checkpointing=true", "model.freeze_encoders=false", "train.precision=bf16", "train.steps=2",
         "train.batch_size=2", "alignment.warmup=0",
     )
     runs = [words(tmp_path / strategy, *more, f"alignment.strategy={strategy}") for strategy in STRATEGIES]
     assert ended(start_both(tmp_path, train_caris, runs), 120) == [0, 0]
     for strategy in STRATEGIES:
         steps = [line for line in lines(tmp_path / strategy) if line["kind"] == "train"]
-        assert [(line["step"], line["skipped"]) for line in steps] == [(1, 0), (2, 0), (3, 0)]
+        assert [(line["step"], line["skipped"]) for line in steps] == [(1, 0), (2, 0)]
