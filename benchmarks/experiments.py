@@ -89,7 +89,7 @@ EXPERIMENTS = {
     ),
     "settings": Experiment(
         "Settings of `loss` on rendered scenes, one at a time, and a control of the higher quantile.",
-        "scenes", SETTINGS, SCENES_COMMON, "test", seeds=(0,),
+        "scenes", SETTINGS, SCENES_COMMON, "test",
     ),
 }  # fmt: skip
 
