@@ -16,7 +16,7 @@ from helpers import (
     same_bits,
 )
 
-from aml_kernels import masked_loss, reference, sample_quantile
+from aml_kernels import _backend, masked_loss, reference, sample_quantile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -177,6 +177,32 @@ def test_constant_logits(backend, size, value):
     inputs = loss_inputs(logits=logits, target=target)
     inputs["logits"] = torch.full_like(inputs["logits"], value)
     check(backend, inputs, quantile=0.3, what=str(value))
+
+
+def test_a_long_row_of_zeros(backend):
+    """Where logarithms are added as a logarithm of a product, that of 1500 factors 2 is none."""
+    inputs = loss_inputs(batch=1, logits=(2, 1500), target=(2, 1500))
+    inputs["logits"] = torch.zeros_like(inputs["logits"])
+    check(backend, inputs, masks=False)
+
+
+@pytest.mark.skipif(_backend.EXTENSION_MISSING is not None, reason=str(_backend.EXTENSION_MISSING))
+@pytest.mark.parametrize("sure", (5, 10, 20, 30))
+def test_labels_that_are_predicted(sure):
+    """Late in a training every term is small beside 1. PyTorch's formula then subtracts numbers that are almost equal
+    and loses up to all digits; the loops for labels do not."""
+    target = coin(1, 2, 9, 70)
+    logits = torch.where(target, sure, -sure) + normal(2, 2, 9, 70)
+    leaf = logits.clone().requires_grad_()
+    loss = masked_loss(leaf, target, dice_weight=0.0, class_weight=(0.5, 2.0), backend="cpu")
+    loss.backward()
+    wrong = torch.where(target, -logits, logits).double()  # the cross entropy is log(1 + exp(wrong))
+    weight = torch.where(target, 2.0, 0.5).double()
+    weight = weight / weight.sum((1, 2), keepdim=True) / len(target)
+    torch.testing.assert_close(loss.double(), (weight * wrong.exp().log1p()).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        leaf.grad.double(), weight * wrong.sigmoid() * torch.where(target, -1, 1), rtol=1e-6, atol=0,
+    )
 
 
 def test_sure_logits(backend):

@@ -12,6 +12,7 @@
 #define AML_AVX512
 // GCC 12 takes the unused operand of its own intrinsics for an oversight.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #define AML_TABLE kernels_v4
 #define AML_VECTOR_BYTES 64
 #include "isa.h"

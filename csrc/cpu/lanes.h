@@ -13,6 +13,7 @@ namespace {
 using aml::exp_nonpositive;  // not hidden by the overloads below
 using aml::larger;
 using aml::log1p_slope;
+using aml::sigmoid;
 
 template <class T> using LaneInt = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
 #if defined(AML_AVX512)
@@ -28,6 +29,7 @@ struct Mask {
 
   friend AML_MEMBER Mask operator&(Mask a, Mask b) { return {MaskBits<T>(a.bits & b.bits)}; }
   friend AML_MEMBER Mask operator|(Mask a, Mask b) { return {MaskBits<T>(a.bits | b.bits)}; }
+  friend AML_MEMBER Mask and_not(Mask a, Mask b) { return {MaskBits<T>(a.bits & ~b.bits)}; }
   static AML_MEMBER Mask all(bool value) { return {MaskBits<T>(MaskBits<T>{} - MaskBits<T>(MaskBits<T>{} + value))}; }
 };
 
@@ -76,6 +78,18 @@ AML_INLINE Vector<int32_t> count(Vector<int32_t> n, Mask<float> m) {
 AML_INLINE Vector<int64_t> count(Vector<int64_t> n, Mask<double> m) {
   return (Vector<int64_t>)_mm512_mask_add_epi64((__m512i)n, m.bits, (__m512i)n, _mm512_set1_epi64(1));
 }
+AML_INLINE Floats add_where(Mask<float> m, Floats a, Floats b) { return lanes(_mm512_mask_add_ps(raw(a), m.bits, raw(a), raw(b))); }
+AML_INLINE Doubles add_where(Mask<double> m, Doubles a, Doubles b) { return lanes(_mm512_mask_add_pd(raw(a), m.bits, raw(a), raw(b))); }
+AML_INLINE Floats multiply_add_where(Mask<float> m, Floats a, Floats b, Floats c) { return lanes(_mm512_mask3_fmadd_ps(raw(a), raw(b), raw(c), m.bits)); }
+AML_INLINE Doubles multiply_add_where(Mask<double> m, Doubles a, Doubles b, Doubles c) { return lanes(_mm512_mask3_fmadd_pd(raw(a), raw(b), raw(c), m.bits)); }
+AML_INLINE Floats negate_where(Mask<float> m, Floats a) { return lanes(_mm512_mask_xor_ps(raw(a), m.bits, raw(a), _mm512_set1_ps(-0.0f))); }
+AML_INLINE Doubles negate_where(Mask<double> m, Doubles a) { return lanes(_mm512_mask_xor_pd(raw(a), m.bits, raw(a), _mm512_set1_pd(-0.0))); }
+AML_INLINE Mask<float> at_least(uint8_t least, const uint8_t* bytes, float) {
+  return {_mm_cmpge_epu8_mask(_mm_loadu_si128((const __m128i*)bytes), _mm_set1_epi8(char(least)))};
+}
+AML_INLINE Mask<double> at_least(uint8_t least, const uint8_t* bytes, double) {
+  return {__mmask8(_mm_cmpge_epu8_mask(_mm_loadl_epi64((const __m128i*)bytes), _mm_set1_epi8(char(least))))};
+}
 AML_INLINE Floats reciprocal(Floats x) {  // an estimate of 14 bits, and Newton's step: a third of a division's time
   const __m512 r = _mm512_rcp14_ps(raw(x));
   return lanes(_mm512_fmadd_ps(r, _mm512_fnmadd_ps(raw(x), r, _mm512_set1_ps(1)), r));
@@ -93,6 +107,18 @@ AML_INLINE bool any(Mask<T> m) {
 template <class T> AML_INLINE Lanes<T> select(Mask<T> m, Lanes<T> a, Lanes<T> b) { return m.bits ? a.v : b.v; }
 template <class T> AML_INLINE Lanes<T> larger(Lanes<T> a, Lanes<T> b) { return a.v > b.v ? a.v : b.v; }
 template <class T> AML_INLINE Vector<LaneInt<T>> count(Vector<LaneInt<T>> n, Mask<T> m) { return n - m.bits; }
+// `a`, with b added (a * b added to c, the sign changed) where `m` says so.
+template <class T> AML_INLINE Lanes<T> add_where(Mask<T> m, Lanes<T> a, Lanes<T> b) { return select(m, a + b, a); }
+template <class T> AML_INLINE Lanes<T> multiply_add_where(Mask<T> m, Lanes<T> a, Lanes<T> b, Lanes<T> c) { return select(m, multiply_add(a, b, c), c); }
+template <class T> AML_INLINE Lanes<T> negate_where(Mask<T> m, Lanes<T> a) { return select(m, -a, a); }
+// Which of the next bytes are `least` or more. The last argument only tells how many there are.
+template <class T>
+AML_INLINE Mask<T> at_least(uint8_t least, const uint8_t* bytes, T) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes b;
+  __builtin_memcpy(&b, bytes, sizeof(b));
+  return {__builtin_convertvector(b, Vector<LaneInt<T>>) >= LaneInt<T>(least)};
+}
 AML_INLINE Lanes<float> reciprocal(Lanes<float> x) { return Vector<float>(1.0f / x.v); }
 #endif
 AML_INLINE Lanes<double> reciprocal(Lanes<double> x) { return Vector<double>(1.0 / x.v); }
@@ -103,6 +129,28 @@ template <class T> AML_INLINE Lanes<T> magnitude(Lanes<T> x) {
 }
 template <class T> AML_INLINE Lanes<T> if_negative(Lanes<T> x, Lanes<T> a, Lanes<T> b) { return select(Lanes<T>() > x, a, b); }
 AML_INLINE Lanes<float> from_exponent(Lanes<float> x) { return (Vector<float>)((Vector<int32_t>)x.v << 23); }
+#if defined(AML_AVX512)
+// exp_nonpositive() of ../common/loss.h with a power of 2 in sixteenths: the registers hold a table of 2^(i/16), which
+// leaves a polynomial of degree 3. Within 1.5 ulp down to -40 and 3 ulp down to -87; what is subnormal is not exact.
+alignas(64) constexpr uint32_t kSixteenths[16] = {  // the fractions of 2^(i/16)
+    0x000000, 0x05AAC3, 0x0B95C2, 0x11C3D3, 0x1837F0, 0x1EF532, 0x25FED7, 0x2D583F,
+    0x3504F3, 0x3D08A4, 0x45672A, 0x4E248C, 0x5744FD, 0x60CCDF, 0x6AC0C7, 0x75257D};
+AML_INLINE Floats exp_nonpositive(Floats x) {
+  const Floats clamped = larger(Floats(-88.0296919f), x);  // -127 ln 2, which stands for 0; NaN passes
+  const Floats magic(12584944.0f);                         // 1.5 * 2^23 + 16 * 127: rounds to sixteenths, plus the bias
+  const Floats shifted = multiply_add(clamped, Floats(23.0831207f), magic);
+  const Floats r = multiply_add(shifted - magic, Floats(-0.0433216989f), clamped);
+  Floats p(0.166667f);
+  p = multiply_add(p, r, Floats(0.5f));
+  p = multiply_add(p, r, Floats(1.0f));
+  p = multiply_add(p, r, Floats(1.0f));
+  const __m512i bits = (__m512i)shifted.v;
+  const __m512i fraction = _mm512_permutexvar_epi32(bits, _mm512_load_si512(kSixteenths));
+  const __m512i power = _mm512_ternarylogic_epi32(  // (bits << 19 & 0xFF800000) | fraction
+      _mm512_slli_epi32(bits, 19), _mm512_set1_epi32(int(0xFF800000)), fraction, 0xEA);
+  return p * lanes((__m512)power);
+}
+#endif
 // fp64 is for checking derivatives.
 AML_INLINE Lanes<double> exp_nonpositive(Lanes<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x.v[lane] = exp_nonpositive(x.v[lane]);
@@ -111,6 +159,27 @@ AML_INLINE Lanes<double> exp_nonpositive(Lanes<double> x) {
 AML_INLINE Lanes<double> log1p_slope(Lanes<double> e) {
   for (int lane = 0; lane < kLanes<double>; ++lane) e.v[lane] = log1p_slope(e.v[lane]);
   return e;
+}
+
+// log(1 + q) for 0 <= q < 2^64, without 1 + q in which a small q is lost: 1 + q = 2^n (1 + f).
+AML_INLINE Lanes<float> log1p(Lanes<float> q) {
+  const Vector<int32_t> n = ((Vector<int32_t>)(q + Lanes<float>(1)).v >> 23) - 127;
+  const Lanes<float> scale((Vector<float>)((127 - n) << 23));  // 2^-n
+  const Lanes<float> f = multiply_add(q, scale, scale - Lanes<float>(1));
+  return multiply_add(Lanes<float>(__builtin_convertvector(n, Vector<float>)), Lanes<float>(0.693147182f), f * log1p_slope(f));
+}
+AML_INLINE Lanes<double> log1p(Lanes<double> q) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) q.v[lane] = ::log1p(q.v[lane]);
+  return q;
+}
+
+// sigmoid() of ../common/loss.h where the sign of z is known; at 0 either does.
+template <class T>
+AML_INLINE Sigmoid<Lanes<T>> sigmoid(Lanes<T> z, Mask<T> positive) {
+  typedef Vector<LaneInt<T>> Bits;
+  const Lanes<T> minus_magnitude((Vector<T>)((Bits)z.v | (Bits)spread(T(-0.0))));
+  const Lanes<T> e = exp_nonpositive(minus_magnitude), r = reciprocal(Lanes<T>(1) + e);
+  return {e, r, select(positive, r, e * r)};
 }
 
 }  // namespace

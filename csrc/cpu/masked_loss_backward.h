@@ -10,34 +10,58 @@ template <class T>
 struct BackwardCall {
   BackwardCall(const MaskedLossCall<T>& call, const LossGradient<T>& g, int64_t sample)
       : g(g), limit(call.limits[sample]), negative_weight(call.options.negative_weight),
-        weight_step(call.options.positive_weight - negative_weight), protect_target(call.protect_target) {}
+        positive_weight(call.options.positive_weight), protect_target(call.protect_target) {}
 
   LossGradient<T> g;
-  T limit, negative_weight, weight_step;
+  T limit, negative_weight, positive_weight;
   bool protect_target;
 };
 
+// The gradient of one pixel that is kept. For a label: -bce w sigmoid(-z) for the target, bce w sigmoid(z) for the rest,
+// and p (1 - p) times one of two factors. So p - 1 is not rounded where p is almost 1.
+template <class T, Target kTarget>
+struct PixelGradient {
+  explicit PixelGradient(const BackwardCall<T>& c)
+      : call(c), rest_bce(c.g.bce * c.negative_weight), target_bce(-(c.g.bce * c.positive_weight)),
+        rest_dice(c.g.dice_p), target_dice(c.g.dice_p + c.g.dice_py) {}
+
+  const BackwardCall<T>& call;
+  Lanes<T> rest_bce, target_bce, rest_dice, target_dice;
+
+  template <class Pixels>
+  AML_MEMBER Lanes<T> of(const Pixels& at) const {
+    if constexpr (kTarget == Target::Soft) {
+      return pixel_gradient(at.logit, at.y, call.g, call.negative_weight, call.positive_weight - call.negative_weight);
+    }
+    const Lanes<T> f = negate_where(at.is_target, at.logit);
+    const Sigmoid<Lanes<T>> s = sigmoid(f, f > Lanes<T>());
+    return multiply_add(s.e * s.reciprocal * s.reciprocal, select(at.is_target, target_dice, rest_dice),
+                        select(at.is_target, target_bce, rest_bce) * s.p);
+  }
+};
+
 // Gives out(x, gradient) for each vector of a row, end(x, n, gradient) for the n pixels that fill none.
-template <bool kResized, bool kValid, class T, class Out, class End>
-AML_INLINE void gradient_row(const PixelRow<T>& row, int64_t count, const BackwardCall<T>& call, const Out& out, const End& end) {
-  const Filter<T, kResized, kValid> filter{Lanes<T>(call.limit), Mask<T>::all(call.protect_target)};
+template <bool kResized, bool kValid, Target kTarget, class T, class Out, class End>
+AML_INLINE void gradient_row(PixelRow<T> row, int64_t count, const BackwardCall<T>& call, const Out& out, const End& end) {
+  const Filter<T, kResized, kValid, kTarget> filter{Lanes<T>(call.limit), Mask<T>::all(call.protect_target)};
+  const PixelGradient<T, kTarget> pixel(call);
   const auto gradient = [&](const PixelRow<T>& row, int64_t x) __attribute__((always_inline)) {
     const auto at = filter.at(row, x);
-    return select(at.keep, pixel_gradient(at.z, at.y, call.g, call.negative_weight, call.weight_step), Lanes<T>());
+    return select(at.keep, pixel.of(at), Lanes<T>());
   };
-  for_each_vector(row, count, [&](const PixelRow<T>& row, int64_t x) __attribute__((always_inline)) { out(x, gradient(row, x)); },
+  for_each_vector(row, 0, count, [&](const PixelRow<T>& row, int64_t x) __attribute__((always_inline)) { out(x, gradient(row, x)); },
                   [&](const PixelRow<T>& row, int64_t x, int64_t n) { end(x, n, gradient(row, 0)); });
 }
 
-template <bool kValid, class T>
+template <bool kValid, Target kTarget, class T>
 inline void write_row(const PixelRow<T>& row, int64_t count, const BackwardCall<T>& call, T* out) {
-  gradient_row<false, kValid>(
+  gradient_row<false, kValid, kTarget>(
       row, count, call, [&](int64_t x, Lanes<T> g) __attribute__((always_inline)) { store(out + x, g.v); },
       [&](int64_t x, int64_t n, Lanes<T> g) { for (int64_t lane = 0; lane < n; ++lane) out[x + lane] = g.v[lane]; });
 }
 
 // Adds to the two rows that the logits were blended from. Their ends have room for a whole vector.
-template <bool kValid, class T>
+template <bool kValid, Target kTarget, class T>
 inline void add_blended_row(const PixelRow<T>& row, int64_t count, const BackwardCall<T>& call, T* here, T* next) {
   const Lanes<T> weight(row.z.weight);
   const auto add = [&](int64_t x, Lanes<T> g) __attribute__((always_inline)) {
@@ -45,7 +69,7 @@ inline void add_blended_row(const PixelRow<T>& row, int64_t count, const Backwar
     store(next + x, (load_lanes(next + x) + part).v);
     store(here + x, (load_lanes(here + x) + (g - part)).v);
   };
-  gradient_row<true, kValid>(row, count, call, add, [&](int64_t x, int64_t, Lanes<T> g) { add(x, g); });
+  gradient_row<true, kValid, kTarget>(row, count, call, add, [&](int64_t x, int64_t, Lanes<T> g) { add(x, g); });
 }
 
 // The transpose of the resize along a row: cell c collects from the pixels between c - 1 and c + 1. `here` is at the
@@ -73,7 +97,9 @@ void resized_backward(const MaskedLossCall<T>& call, const LossGradient<T>& g, i
                       int64_t last, void* gradient, T* scratch) {
   PixelRows<T> rows(call, scratch);
   const BackwardCall<T> options(call, g, sample);
-  const auto add = call.valid.data ? add_blended_row<true, T> : add_blended_row<false, T>;
+  const bool labels = call.target.type == Type::u8, valid = call.valid.data != nullptr;
+  const auto add = labels ? valid ? add_blended_row<true, Target::Label, T> : add_blended_row<false, Target::Label, T>
+                          : valid ? add_blended_row<true, Target::Soft, T> : add_blended_row<false, Target::Soft, T>;
   T* here = scratch;                 // adds up for row r
   T* next = here + kTileColumns;     // and for row r + 1
   T* unused = next + kTileColumns;
@@ -109,7 +135,9 @@ void masked_loss_backward(const MaskedLossCall<T>& call, const LossGradient<T>& 
   }
   PixelRows<T> rows(call, scratch);
   const BackwardCall<T> options(call, g, sample);
-  const auto write_gradient = call.valid.data ? write_row<true, T> : write_row<false, T>;
+  const bool labels = call.target.type == Type::u8, valid = call.valid.data != nullptr;
+  const auto write_gradient = labels ? valid ? write_row<true, Target::Label, T> : write_row<false, Target::Label, T>
+                                     : valid ? write_row<true, Target::Soft, T> : write_row<false, Target::Soft, T>;
   T* pixel = scratch;
   for (int64_t x = 0; x < call.columns; x += kTileColumns) {
     const int64_t count = call.columns - x < kTileColumns ? call.columns - x : kTileColumns;

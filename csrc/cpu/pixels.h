@@ -12,7 +12,9 @@ namespace {
 template <class T>
 struct PixelRow {
   Blend<T> z, similarity;
-  const T *target, *exists;
+  const T* target;        // of a floating-point type, or
+  const uint8_t* labels;  // uint8 and bool
+  const T* exists;
 };
 
 template <class T>
@@ -43,7 +45,10 @@ class PixelRows {
     Blend<T> similarity{zeros_, zeros_, zeros_, T(0)};
     if (call_.similarity.data) similarity = similarity_.row(y);
     if (!similarity.step) similarity.step = zeros_, similarity.least = similarity.a;
-    return {logits_.row(y), similarity, read_row(call_.target, sample_, y, first_, count_, target_buffer_),
+    const bool labels = call_.target.type == Type::u8;
+    return {logits_.row(y), similarity,
+            labels ? nullptr : read_row(call_.target, sample_, y, first_, count_, target_buffer_),
+            labels ? read_bytes(call_.target, sample_, y, first_, count_, (uint8_t*)target_buffer_) : nullptr,
             call_.valid.data ? read_row(call_.valid, sample_, y, first_, count_, exists_buffer_) : nullptr};
   }
 
@@ -65,51 +70,67 @@ class RowEnd {
   RowEnd(const PixelRow<T>& row, int64_t first, int64_t count) {
     const T* from[] = {row.z.a, row.z.step, row.z.least, row.similarity.a, row.similarity.step, row.similarity.least, row.target, row.exists};
     const T nothing[] = {0, 0, 0, std::numeric_limits<T>::quiet_NaN(), 0, 0, 0, 0};
-    for (int i = 0; i < 8; ++i) {
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-        values_[i][lane] = from[i] && lane < count ? from[i][first + lane] : nothing[i];
-      }
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+      for (int i = 0; i < 8; ++i) values_[i][lane] = from[i] && lane < count ? from[i][first + lane] : nothing[i];
+      labels_[lane] = row.labels && lane < count ? row.labels[first + lane] : 0;
     }
-    pixels = {{values_[0], values_[1], values_[2], row.z.weight}, {values_[3], values_[4], values_[5], row.similarity.weight}, values_[6], values_[7]};
+    pixels = {{values_[0], values_[1], values_[2], row.z.weight}, {values_[3], values_[4], values_[5], row.similarity.weight},
+              values_[6], labels_, values_[7]};
   }
 
   PixelRow<T> pixels;
 
  private:
   T values_[8][kLanes<T>];
+  uint8_t labels_[kLanes<T>];
 };
 
-// Calls pixels(row, x) for each vector of pixels [x, x + kLanes) of a row, end(row, x, n) for the n that are left.
+// Calls pixels(row, x) for each vector of pixels [x, x + kLanes) of [first, last), end(row, x, n) for the n that are left.
 template <class T, class Pixels, class End>
-AML_INLINE void for_each_vector(const PixelRow<T>& row, int64_t count, const Pixels& pixels, const End& end) {
-  int64_t x = 0;
-  for (; x + kLanes<T> <= count; x += kLanes<T>) pixels(row, x);
-  if (x < count) end(RowEnd<T>(row, x, count - x).pixels, x, count - x);
+AML_INLINE void for_each_vector(const PixelRow<T>& row, int64_t first, int64_t last, const Pixels& pixels, const End& end) {
+  int64_t x = first;
+  for (; x + kLanes<T> <= last; x += kLanes<T>) pixels(row, x);
+  if (x < last) end(RowEnd<T>(row, x, last - x).pixels, x, last - x);
 }
 
+// What is computed of a pixel depends on its target: Soft is a probability, Label 0 or 1.
+enum class Target { Soft, Label };
+
 // What a call says about all pixels of a sample. kResized: the logits are; kValid: not every pixel exists.
-template <class T, bool kResized, bool kValid>
+template <class T, bool kResized, bool kValid, Target kTarget>
 struct Filter {
   Lanes<T> limit;
   Mask<T> protect;
 
-  struct Kept {
-    Lanes<T> z, y;  // -1000 and 0 where left out: of such a pixel exp, p and the cross entropy are exactly 0
-    Lanes<T> logit;
+  struct Pixels {
+    Lanes<T> logit, y;  // y: of Soft
     Mask<T> keep, is_target, there;
+    Mask<T> bad;        // kept, and not a number in [0, 1]
   };
 
-  AML_MEMBER Kept at(const PixelRow<T>& row, int64_t x) const {
-    const Lanes<T> label = load_lanes(row.target + x);
+  AML_MEMBER Pixels at(const PixelRow<T>& row, int64_t x) const {
+    Lanes<T> y;
+    Mask<T> is_target;
+    if constexpr (kTarget == Target::Label) {
+      is_target = at_least(1, row.labels + x, T());
+    } else {
+      y = load_lanes(row.target + x);
+      is_target = y > Lanes<T>(0.5);
+    }
     const Lanes<T> logit = kResized ? row.z.at(x) : load_lanes(row.z.a + x);
-    Mask<T> is_target = label > Lanes<T>(0.5);
     Mask<T> keep = (row.similarity.at(x) >= limit) | (is_target & protect);
     Mask<T> there = keep;
     if constexpr (kValid) {
       there = load_lanes(row.exists + x) > Lanes<T>();
       is_target = is_target & there, keep = keep & there;
     }
-    return {select(keep, logit, Lanes<T>(-1000)), select(keep, label, Lanes<T>()), logit, keep, is_target, there};
+    Mask<T> bad;
+    if constexpr (kTarget == Target::Label) {
+      bad = keep & at_least(2, row.labels + x, T());
+    } else {
+      bad = and_not(keep, (y >= Lanes<T>()) & (Lanes<T>(1) >= y));
+    }
+    return {logit, y, keep, is_target, there, bad};
   }
 };
 

@@ -74,5 +74,13 @@ inline const T* read_row(const Plane& plane, int64_t sample, int64_t row, int64_
   return buffer;
 }
 
+// The same of a plane of bytes.
+inline const uint8_t* read_bytes(const Plane& plane, int64_t sample, int64_t row, int64_t first, int64_t count, uint8_t* buffer) {
+  const uint8_t* from = (const uint8_t*)plane.data + sample * plane.sample_stride + row * plane.row_stride + first * plane.column_stride;
+  if (plane.column_stride == 1) return from;
+  for (int64_t i = 0; i < count; ++i) buffer[i] = from[i * plane.column_stride];
+  return buffer;
+}
+
 }  // namespace
 }  // namespace aml::cpu
