@@ -24,14 +24,16 @@ struct Tile {
     features = take(scratch, kChannelBlock * pixels);
     if (!backward) return;
     out = take(scratch, kChannelBlock * pixels);
-    strip_words = reinterpret_cast<int32_t*>(take(scratch, (words + 1) * (pixels / kLanes<T>)));
-    word_strips = reinterpret_cast<int32_t*>(take(scratch, words * (pixels / kLanes<T> + 1)));
+    coefficient = take(scratch, pixels);
+    word = reinterpret_cast<LaneInt<T>*>(take(scratch, pixels));
+    word_sums = take(scratch, call.words * kChannelBlock);
+    active = reinterpret_cast<int32_t*>(take(scratch, 1 + pixels / kLanes<T>));
   }
   static int64_t elements(const SimilarityCall<T>& call, bool backward) {
     const int64_t words = padded_words(call.words), pixels = call.tile_pixels;
     const int64_t forward = (words + 2 + kChannelBlock) * pixels;
     if (!backward) return forward;
-    return forward + kChannelBlock * pixels + (words + 1) * (pixels / kLanes<T>) + words * (pixels / kLanes<T> + 1);
+    return forward + (kChannelBlock + 2) * pixels + call.words * kChannelBlock + 1 + pixels / kLanes<T>;
   }
   static T* take(T*& scratch, int64_t count) {
     T* here = scratch;
@@ -48,9 +50,10 @@ struct Tile {
   T* best;                // [pixels]: the similarity; in the backward the coefficient of the feature itself
   T* features;            // [kChannelBlock][pixels], where they cannot be used in place
   T* out = nullptr;       // [kChannelBlock][pixels]: gradient of the features
-  // A strip is a vector of pixels. Most strips have to do with few words: how many, and which.
-  int32_t* strip_words = nullptr;  // [strips][1 + words]
-  int32_t* word_strips = nullptr;  // [words][1 + strips], the same seen from the words
+  T* coefficient = nullptr;                   // [pixels]: of the word with the largest similarity, and
+  LaneInt<T>* word = nullptr;  // [pixels]: which that is
+  T* word_sums = nullptr;                     // [words][kChannelBlock]: gradient of the unit words
+  int32_t* active = nullptr;  // [1 + strips]: how many strips (vectors of pixels) have a gradient, and which
 };
 
 inline bool linear(const Plane& grid) { return grid.rows == 1 || grid.row_stride == grid.columns * grid.column_stride; }
@@ -115,6 +118,9 @@ struct Block {
     }
     const int64_t done = in_place ? pixels : 0;
     if (done < count) copy_features(call, sample, channel, size, first + done, count - done, tile.features + done);
+  }
+  AML_MEMBER const T* row(int64_t channel, int64_t i) const {  // from pixel i of the tile on
+    return i < pixels ? features + channel * stride + i : copies + channel * copies_stride + i;
   }
 
   bool in_place;

@@ -65,6 +65,8 @@ struct SimilarityCall {
   int64_t tile_pixels;     // pixels of a tile: as many as keep its features in the L2 cache
 };
 
+constexpr int64_t kPanelRest = 32;  // elements behind the unit words that may be read with the last of them
+
 template <class T>
 struct SimilarityKernels {
   int64_t (*scratch)(const SimilarityCall<T>&, bool backward);  // elements of T

@@ -5,8 +5,6 @@
 #include "../common/loss.h"
 #include "vector.h"
 
-#define AML_MEMBER inline __attribute__((always_inline))
-
 namespace aml::cpu {
 namespace {
 
@@ -15,7 +13,6 @@ using aml::larger;
 using aml::log1p_slope;
 using aml::sigmoid;
 
-template <class T> using LaneInt = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
 #if defined(AML_AVX512)
 template <class T> using MaskBits = typename std::conditional<sizeof(T) == 4, __mmask16, __mmask8>::type;
 #else

@@ -68,7 +68,7 @@ struct Words {
   int64_t count = 0;
 
  private:
-  static int64_t panel_size(const SimilarityCall<T>& call) { return (call.words + 3) / 4 * 4 * call.channels; }
+  static int64_t panel_size(const SimilarityCall<T>& call) { return (call.words + 3) / 4 * 4 * call.channels + kPanelRest; }
 };
 
 // Threads take whole samples where that keeps them busy: one parallel region, and words for each thread alone.

@@ -6,6 +6,8 @@
 
 #include "../common/platform.h"
 
+#define AML_MEMBER inline __attribute__((always_inline))
+
 namespace aml::cpu {
 namespace {
 
@@ -57,7 +59,9 @@ AML_INLINE auto horizontal_sum(V v) {
 #endif
 
 template <class T>
-using Indices = Vector<typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type>;
+using LaneInt = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
+template <class T>
+using Indices = Vector<LaneInt<T>>;
 
 // Lane i is lane index[i] of v.
 template <class T>
@@ -67,7 +71,7 @@ AML_INLINE Vector<T> pick(Vector<T> v, Indices<T> index) { return __builtin_shuf
 // the compiler would put together vectors of indices lane by lane each time.
 template <class T, int half>
 struct Halves {
-  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  typedef LaneInt<T> Index;
   alignas(AML_VECTOR_BYTES) Index low[kLanes<T>] = {}, high[kLanes<T>] = {};
   constexpr Halves() {
     for (int lane = 0; lane < kLanes<T>; ++lane) {
@@ -78,16 +82,6 @@ struct Halves {
 };
 template <class T, int half>
 constexpr Halves<T, half> kHalves{};
-
-// The sums of as many vectors as each has lanes: sum i in lane i. Halves are added until one vector is left.
-template <class T, int half = kLanes<T> / 2>
-AML_INLINE Vector<T> sums_of(Vector<T>* v) {
-  const Indices<T> low = load(kHalves<T, half>.low), high = load(kHalves<T, half>.high);
-#pragma GCC unroll 8
-  for (int i = 0; i < half; ++i) v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
-  if constexpr (half > 1) return sums_of<T, half / 2>(v);
-  return v[0];
-}
 
 // Exchanges ever smaller halves of the rows of a square.
 template <class T, int half = kLanes<T> / 2>
