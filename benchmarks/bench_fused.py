@@ -72,6 +72,7 @@ def main() -> None:
         meter, effort = measure_cuda.CudaMeter(), ON_GPU
         workloads = {"goal": cases.goal, "others": cases.others, None: cases.on_gpu}[options.workloads]
     else:
+        measure.reuse_freed_memory()
         meter, effort, workloads = measure.CpuMeter(), FULL, cases.standard
     if options.quick:
         effort, workloads = QUICK, cases.quick

@@ -1,5 +1,6 @@
 """Time and memory of a call on the CPU; `measure_cuda.CudaMeter` offers the same methods for a GPU."""
 
+import ctypes
 import gc
 import os
 import platform
@@ -49,6 +50,19 @@ class CpuMeter:
             "device": self.device, "name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "load_before": round(os.getloadavg()[0], 2), "copy_gb_per_s": round(self.copy_bandwidth() / 1e9, 2),
         }
+
+
+def reuse_freed_memory() -> None:
+    """From here on this process keeps what it frees, as PyTorch does on a GPU (glibc only).
+
+    Else glibc now gives the memory of a large tensor back to the system after a call and now it does not, and page
+    faults, which take longer than the fused operators, are measured in some rounds and for some providers.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_max, 0)
 
 
 def allocator_peak(call: Call, device: str) -> int:
