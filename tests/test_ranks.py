@@ -33,6 +33,7 @@ ALIKE = (
     "model.freeze_encoders=true", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=3", "train.keep=9",
     "alignment.target_weight=20",  # or so short a training would find nothing anywhere
 )
+KILLED = ("train.batch_size=2", "model.freeze_encoders=false", "train.ema=0.9")
 STRATEGIES = ("loss", "image", "released")  # of one pass, of one and a half, of two
 SPREAD = ("train.steps=4", "train.log_every=8")  # whose checkpoint of step 3 tells the samples of all steps
 
@@ -161,24 +162,31 @@ def ended(ranks, seconds=60):
     return codes
 
 
-def test_two_ranks_killed_again_and_again_go_on_to_the_bit(tmp_path, place, words):
-    """kill -9 of either rank at random moments; the other one does not wait for it for ever."""
-    draw, kills = random.Random(0), 0
-    more = ("train.batch_size=2", "model.freeze_encoders=false", "train.ema=0.9")
-    straight, run = ([*words("straight", *more)], [*words("killed", *more)])
-    assert ended(start_both(tmp_path, tiny.train_as_rank, [(straight, None, False)])) == [0, 0]
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory, place, words):
+    job = words("straight", *KILLED), None, False
+    assert ended(start_both(tmp_path_factory.mktemp("rendezvous"), tiny.train_as_rank, [job])) == [0, 0]
+    return place / "straight"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_killed_again_and_again_go_on_to_the_bit(tmp_path, words, unkilled, workers):
+    """kill -9 of either rank at random moments; the other one ends with an error, and so do the workers of both."""
+    draw, kills, run = random.Random(0), 0, tmp_path / "killed"
     while True:
-        job = (run, None, checkpoint.newest(place / "killed")[0] is not None)
+        job = (words(run, *KILLED, f"train.workers={workers}"), None, checkpoint.newest(run)[0] is not None)
         moment, victim = draw.randrange(30, 200), draw.randrange(2)
         each = tuple((moment if victim == 0 else moment % 8,) if rank == victim else () for rank in (0, 1))
-        codes = ended(start_both(tmp_path, tiny.train_as_rank, [job], each=each))
+        ranks = start_both(tmp_path, tiny.train_as_rank, [job], each=each)
+        codes = ended(ranks)
         assert None not in codes, "a rank hangs"
+        assert not any(tiny.left_of(rank.pid) for rank in ranks)
         if codes == [0, 0]:
             break
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
         kills += 1
     assert kills >= 2
-    assert_same_run(place / "killed", place / "straight")
+    assert_same_run(run, unkilled)
 
 
 def stall(rank, rendezvous, words):

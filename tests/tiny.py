@@ -1,10 +1,14 @@
 """A run that takes seconds: rendered scenes, a narrow text encoder, a backbone of 80 000 weights."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
+
+import psutil
 
 from aml.data.scenes import render_scenes
 
@@ -70,6 +74,20 @@ def start(function, *arguments):
     return process
 
 
+def left_of(group: int, seconds: float = 30) -> list[str]:
+    """What a process group still runs after so long. Nothing runs in a process that ended and waits to be asked for."""
+    deadline = time.monotonic() + seconds
+    while True:
+        running = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                    running.append(" ".join(process.cmdline()))
+        if not running or time.monotonic() > deadline:
+            return running
+        time.sleep(0.05)
+
+
 def train(words: list[str], moment: int | None = None) -> None:
     """words: of `aml train`. moment: at which the process dies, see `dying.die_at`."""
     import dying
@@ -116,6 +134,8 @@ def train_as_rank(
 
     moment: at which this process dies, see `dying.die_at`.
     """
+    os.setsid()  # a process group of its own, with the loader's processes in it
+    multiprocessing.set_start_method("fork", force=True)
     join_ranks(rank, rendezvous)
     import dying
     import torch
