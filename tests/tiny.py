@@ -12,6 +12,9 @@ import psutil
 
 from aml.data.scenes import render_scenes
 
+#: Of CARIS: `backbone_options` that go with model.backbone=swin_tiny_patch4_window7_224
+NARROW_SWIN = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (2, 4, 4, 8)}
+
 
 def write_data(root: Path, train: int = 6, val: int = 2) -> Path:
     return render_scenes(root, train=train, val=val, image_size=64, seed=3)
