@@ -41,10 +41,8 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "demo": demo,
 }
-MEMORY_REMEDY = (
-    "give a lower train.batch_size (train.accumulate makes up for it), train.precision=bf16, or for CARIS "
-    "model.gradient_checkpointing=true"
-)
+# Where a command has no setting that lowers its need of memory.
+MEMORY_REMEDY = "free memory of the GPU, or run on the CPU: CUDA_VISIBLE_DEVICES= aml ..."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,7 +91,9 @@ def _add_commands(parser: argparse.ArgumentParser, modules: dict[str, ModuleType
             continue
         module.add_arguments(added)
         takes_settings = getattr(module, "TAKES_SETTINGS", False)
-        added.set_defaults(run=module.run, takes_settings=takes_settings, options=added._option_string_actions)
+        remedy = getattr(module, "MEMORY_REMEDY", MEMORY_REMEDY)
+        of_all = {"takes_settings": takes_settings, "memory_remedy": remedy, "options": added._option_string_actions}
+        added.set_defaults(run=module.run, **of_all)
 
 
 def _unknown(words: list[str], options: argparse.Namespace) -> str:
@@ -121,7 +121,7 @@ def _without_traceback(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported for its name
             raise
-        return _fail(f"{error}\n{MEMORY_REMEDY}", 1)
+        return _fail(f"{error}\n{options.memory_remedy}", 1)
     except KeyboardInterrupt:
         return 130
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aml.demo_results import CONDITIONS, STRATEGIES, paired_difference, table
-from aml.files import write_json
+from aml.files import require_no_file, write_json
 from aml.metrics import iou
 
 
@@ -62,6 +62,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
 
     settings = settings or DemoSettings()
     out = Path(out)
+    require_no_file(out)
     configs = {strategy: _config(out, settings, strategy) for strategy in STRATEGIES}
     _check_settings(out, settings, configs)
     print(f"demo: four strategies, {configs['none'].train.steps} steps each; writing to {out}", flush=True)

@@ -9,6 +9,7 @@ import accelerate
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from aml.config import Config, ConfigError
 from aml.errors import LaunchError
@@ -56,3 +57,6 @@ def _prepare_fsdp(accelerator: accelerate.Accelerator, config: Config) -> None:
     # transformers does by this variable and leaves the other ranks' encoders empty.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    # Accelerate would have weights, sums of gradients and the loss in half precision, in place of autocast. What needs
+    # single precision would not get it.
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

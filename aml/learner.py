@@ -79,7 +79,8 @@ class Learner:
         if not self.statistics_before:
             self.statistics_before = [buffer.clone() for buffer in self.statistics]
         with self.accelerator.accumulate(self.module):
-            loss, record = self.module(batch, step)
+            with self.accelerator.autocast():  # which Accelerate wraps around DDP's forward pass, but not around FSDP's
+                loss, record = self.module(batch, step)
             self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             if self.accelerator.sync_gradients:
                 record = record | {"gradient_norm": self._update()}

@@ -3,12 +3,14 @@
 A job is {"do": the name of a function below, ...its arguments}.
 """
 
+import functools
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+import tiny
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -40,15 +42,15 @@ def train(words, breaks=None, dies=None):
         training._Trainer._step, training.Learner.learn = before
 
 
-def train_divided(words, stop=None, resume=False):
+def train_divided(words, stop=None, resume=False, by="BertLayer,Film"):
     """With FSDP. Accelerate takes it for GPUs only; told that these processes have one each, it does all the same."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer,Film"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": by}
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     agreed, run = training._Trainer._agreed, training._Trainer.run
 
     def run_divided(self):
-        parameters = [p for p in self.learner.module.parameters() if p.numel() > 1]
+        parameters = [p for p in self.learner.module.parameters() if p.ndim and len(p) > 1]
         assert all(p.to_local().numel() < p.numel() for p in parameters), "not divided"
         run(self)
 
@@ -62,6 +64,15 @@ def train_divided(words, stop=None, resume=False):
         training._Trainer._agreed, training._Trainer.run = agreed, run
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
         del os.environ["ACCELERATE_USE_FSDP"]
+
+
+def train_caris(words, divided):
+    """A narrow one, by DDP and, with the words `divided`, by FSDP."""
+    build = training.build_model
+    training.build_model = functools.partial(build, backbone_options=tiny.NARROW_SWIN)
+    train(words)
+    train_divided(divided, by="BertLayer,SwinTransformerBlock,DecoderLayer")
+    training.build_model = build
 
 
 def evaluate(words, sizes):

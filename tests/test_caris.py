@@ -16,7 +16,7 @@ from aml.config import MODEL_DEFAULTS, ModelConfig, load
 from aml.models import MODELS, build_model
 from aml.models.caris_decoder import PixelDecoder
 from aml.models.caris_keys import official_name, rename
-from aml.models.caris_swin import SwinBackbone, _region_mask, _run_block
+from aml.models.caris_swin import SwinBackbone, _region_mask
 from aml.models.caris_text import VisualPrompts, build_bert
 
 SWINS = ("tiny_patch4_window7_224", "small_patch4_window7_224", "base_patch4_window7_224", "large_patch4_window12_384")
@@ -161,7 +161,7 @@ def test_windows_by_hand(height, width, index):
     for parameter in block.parameters():
         parameter.normal_(std=0.5)
     grid = torch.randn(1, height, width, 16)
-    found = _run_block(block, grid, _region_mask(grid, stage.blocks))
+    found = block(grid, _region_mask(grid, stage.blocks))
     expected = grid + attention_by_hand(block, block.norm1(grid)[0])
     expected = expected + block.mlp(block.norm2(expected))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -99,6 +99,8 @@ sys.exit(code)
         (["data", "check", "/", "--skip", "/nowhere.txt"], "list of images (data.skip, --skip) /nowhere.txt cannot be"),
         (["train"], "data.root: no data given; use --data"),
         (["train", "--data", "/nowhere"], "no folder"),
+        (["train", "--data", __file__], "test_cli.py is a file: name the folder that holds annotations and images"),
+        (["data", "check", __file__], "test_cli.py is a file: name the folder that holds annotations and images"),
         (["train", "--resume", "--out", "/nowhere"], "/nowhere has no complete checkpoint"),
         (["train", "--allow-change", "luck"], "invalid choice: 'luck'"),
         (["predict", "a.png", "the dog"], "required: --checkpoint"),
@@ -131,6 +133,7 @@ def test_an_out_that_is_a_file_is_named(run, tmp_path, capsys):
     for words in (
         ["eval", *given], ["robustness", *given], ["predict", str(photo), "the dog", *given],
         ["train", "--data", str(run.parent / "data"), "--out", str(tmp_path / "out/run")],
+        ["alignment-report", "--out", str(tmp_path / "out")], ["demo", "--out", str(tmp_path / "out/demo")],
     ):
         assert f"{tmp_path / 'out'} is a file; give a folder" in failing(capsys, *words)
 
@@ -139,7 +142,7 @@ def test_an_out_that_is_a_file_is_named(run, tmp_path, capsys):
     ("error", "code", "said"),
     [
         (LaunchError("WORLD_SIZE=2"), 2, "error: WORLD_SIZE=2"),
-        (torch.OutOfMemoryError("GPU 0 is full."), 1, "error: GPU 0 is full.\n       give a lower train.batch_size"),
+        (torch.OutOfMemoryError("GPU 0 is full."), 1, "error: GPU 0 is full.\n       free memory of the GPU, or"),
     ],
 )
 def test_what_is_no_bug_is_told_without_traceback(capsys, monkeypatch, error, code, said):
@@ -149,6 +152,27 @@ def test_what_is_no_bug_is_told_without_traceback(capsys, monkeypatch, error, co
     monkeypatch.setattr(cli.doctor, "run", run)
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["train"], "a lower train.batch_size (train.accumulate makes up for it), train.precision=bf16"),
+        (["eval", "--checkpoint", "x"], "a lower train.batch_size, which is here how many sentences"),
+        (["robustness", "--checkpoint", "x"], "a lower train.batch_size, which is here how many sentences"),
+        (["alignment-report", "--out", "x"], "a lower train.batch_size, which is here how many sentences"),
+        (["predict", "a.png", "the dog", "--checkpoint", "x"], "run on the CPU: CUDA_VISIBLE_DEVICES= aml"),
+        (["demo"], "run on the CPU: CUDA_VISIBLE_DEVICES= aml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_to_do_where_memory_is_short_fits_the_command(capsys, monkeypatch, words, remedy):
+    def run(options):
+        raise torch.OutOfMemoryError("GPU 0 is full.")
+
+    monkeypatch.setattr(cli.COMMANDS[words[0]], "run", run)
+    assert cli.main(words) == 1
+    assert remedy in capsys.readouterr().err
 
 
 def test_other_errors_keep_theirs(monkeypatch):

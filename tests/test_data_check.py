@@ -210,7 +210,7 @@ def test_one_data_set_may_be_chosen(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["check", "convert", "stats"])
 def test_a_root_that_is_not_there_is_named(tmp_path, capsys, command):
     code, said = run(capsys, command, tmp_path / "nowhere")
-    assert code == 2 and said.startswith(f"error: no folder {tmp_path}/nowhere: name the one that holds annotations")
+    assert code == 2 and said.startswith(f"error: no folder {tmp_path}/nowhere: name the folder that holds annotations")
 
 
 def test_check_and_convert_need_no_torch(tmp_path):

@@ -258,6 +258,16 @@ def test_a_union_trains_on_no_image_that_a_member_holds_out(tmp_path):
         data.expressions("testC")
 
 
+def test_a_partition_holds_out_images_of_a_union_where_it_is_a_member(tmp_path):
+    places = {
+        "refcoco(unc)": {1: "train", 2: "train"}, "refcoco+(unc)": {1: "train"},
+        "refcocog(umd)": {2: "train", 3: "train"}, "refcocog(google)": {1: "train", 2: "val", 3: "train"},
+    }
+    root = write_union(tmp_path, places)
+    for name, images in (("union", {1, 2, 3}), (f"{UNION},refcocog(google)", {1, 3})):
+        assert {e.image_id for e in open_dataset(root, name).expressions("train")} == images
+
+
 @given(st.data())
 @settings(max_examples=25)
 def test_no_union_leaks(tmp_path_factory, data):

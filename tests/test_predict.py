@@ -214,6 +214,13 @@ def test_sentences_are_asked_for_until_an_empty_one(folder, photos, tmp_path, ca
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("kind", ["touch", "mkdir"])
+def test_a_sentence_may_be_named_as_something_here_is(folder, photos, tmp_path, monkeypatch, capsys, kind):
+    getattr(tmp_path / "dog", kind)()
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, photos[0], "dog", "--checkpoint", folder, "--out", "out")[0] == 0
+
+
 def test_mistakes_of_predict(folder, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, said in (

@@ -19,10 +19,12 @@ import pytest
 import tiny
 import torch
 from runs import assert_same_run, lines
+from safetensors.torch import load_file
 
 from aml import checkpoint, cli, training
 from aml.config import load
 from aml.errors import LaunchError, ResumeError
+from aml.models import build_model
 from aml.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +35,18 @@ ALIKE = (
     "model.freeze_encoders=true", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=3", "train.keep=9",
     "alignment.target_weight=20",  # or so short a training would find nothing anywhere
 )
+KILLED = ("train.batch_size=2", "model.freeze_encoders=false", "train.ema=0.9")
 STRATEGIES = ("loss", "image", "released")  # of one pass, of one and a half, of two
+# With what a GPU is short of memory for: bf16, and activations computed again in the backward pass.
+CARIS = (
+    "model.name=caris", "model.backbone=swin_tiny_patch4_window7_224", "model.layers=2",
+    "model.gradient_checkpointing=true", "model.freeze_encoders=false", "train.precision=bf16", "train.steps=2",
+    "train.batch_size=2", "alignment.warmup=0",
+)
+PRETRAINED = (
+    "model.backbone=tf_efficientnet_lite0", "model.text_encoder=minilm", "model.pretrained=true", "train.steps=1",
+    "train.batch_size=2",
+)
 SPREAD = ("train.steps=4", "train.log_every=8")  # whose checkpoint of step 3 tells the samples of all steps
 
 
@@ -57,6 +70,8 @@ def launch(place, words):
         {"do": "train_divided", "words": words("divided", half)},
         {"do": "train_divided", "words": words("divided again", half), "stop": 4},
         {"do": "train_divided", "words": words("divided again", half), "resume": True},
+        {"do": "train_caris", "words": words("caris", *CARIS), "divided": words("caris divided", *CARIS)},
+        {"do": "train_divided", "words": words("pretrained", *PRETRAINED)},
         {"do": "train", "words": words("dead", half), "dies": 1},
     ]
     (place / "jobs.json").write_text(json.dumps(jobs))
@@ -110,6 +125,20 @@ def test_fsdp_goes_on_to_the_bit(place, launch):
     assert_same_run(place / "divided again", place / "divided")
 
 
+def test_fsdp_trains_caris_as_ddp_does(place, launch):
+    """In bf16, which without FSDP is autocast."""
+    assert_same_curve(place / "caris divided", place / "caris")
+
+
+def test_fsdp_leaves_pretrained_encoders_whole(place, launch, words):
+    """Its launcher would have rank 0 alone read them."""
+    model = build_model(**load(None, words("pretrained", *PRETRAINED)).model.options())
+    encoders = load_file(checkpoint.resolve(place / "pretrained") / f"{checkpoint.FROZEN}.safetensors")
+    assert len(encoders) > 100
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad or torch.equal(encoders[name], parameter)
+
+
 def test_fsdp_where_accelerate_would_not_use_it_is_refused(words, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -161,24 +190,31 @@ def ended(ranks, seconds=60):
     return codes
 
 
-def test_two_ranks_killed_again_and_again_go_on_to_the_bit(tmp_path, place, words):
-    """kill -9 of either rank at random moments; the other one does not wait for it for ever."""
-    draw, kills = random.Random(0), 0
-    more = ("train.batch_size=2", "model.freeze_encoders=false", "train.ema=0.9")
-    straight, run = ([*words("straight", *more)], [*words("killed", *more)])
-    assert ended(start_both(tmp_path, tiny.train_as_rank, [(straight, None, False)])) == [0, 0]
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory, place, words):
+    job = words("straight", *KILLED), None, False
+    assert ended(start_both(tmp_path_factory.mktemp("rendezvous"), tiny.train_as_rank, [job])) == [0, 0]
+    return place / "straight"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_killed_again_and_again_go_on_to_the_bit(tmp_path, words, unkilled, workers):
+    """kill -9 of either rank at random moments; the other one ends with an error, and so do the workers of both."""
+    draw, kills, run = random.Random(0), 0, tmp_path / "killed"
     while True:
-        job = (run, None, checkpoint.newest(place / "killed")[0] is not None)
+        job = (words(run, *KILLED, f"train.workers={workers}"), None, checkpoint.newest(run)[0] is not None)
         moment, victim = draw.randrange(30, 200), draw.randrange(2)
         each = tuple((moment if victim == 0 else moment % 8,) if rank == victim else () for rank in (0, 1))
-        codes = ended(start_both(tmp_path, tiny.train_as_rank, [job], each=each))
+        ranks = start_both(tmp_path, tiny.train_as_rank, [job], each=each)
+        codes = ended(ranks)
         assert None not in codes, "a rank hangs"
+        assert not any(tiny.left_of(rank.pid) for rank in ranks)
         if codes == [0, 0]:
             break
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
         kills += 1
     assert kills >= 2
-    assert_same_run(place / "killed", place / "straight")
+    assert_same_run(run, unkilled)
 
 
 def stall(rank, rendezvous, words):
@@ -205,8 +241,7 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path, words):
 def train_caris(rank, rendezvous, runs):
     """A narrow one. DDP must add up the gradients of all weights, or those of the two ranks move apart."""
     tiny.join_ranks(rank, rendezvous)
-    narrow = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (2, 4, 4, 8)}
-    training.build_model = functools.partial(training.build_model, backbone_options=narrow)
+    training.build_model = functools.partial(training.build_model, backbone_options=tiny.NARROW_SWIN)
 
     def run(self, original=training._Trainer.run):
         original(self)
@@ -220,13 +255,7 @@ def train_caris(rank, rendezvous, runs):
 
 
 def test_two_ranks_train_caris(tmp_path, words):
-    """With what a GPU is short of memory for: bf16, and activations computed again in the backward pass."""
-    more = (
-        "model.name=caris", "model.backbone=swin_tiny_patch4_window7_224", "model.layers=2",
-        "model.gradient_checkpointing=true", "model.freeze_encoders=false", "train.precision=bf16", "train.steps=2",
-        "train.batch_size=2", "alignment.warmup=0",
-    )
-    runs = [words(tmp_path / strategy, *more, f"alignment.strategy={strategy}") for strategy in STRATEGIES]
+    runs = [words(tmp_path / strategy, *CARIS, f"alignment.strategy={strategy}") for strategy in STRATEGIES]
     assert ended(start_both(tmp_path, train_caris, runs), 120) == [0, 0]
     for strategy in STRATEGIES:
         steps = [line for line in lines(tmp_path / strategy) if line["kind"] == "train"]

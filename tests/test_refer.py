@@ -159,7 +159,7 @@ def test_missing_parts_are_named(tmp_path):
     write_refer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"dataset='refcocog'.*data sets under .*: refcoco"):
         ReferDataset(tmp_path, "refcocog")
-    with pytest.raises(FileNotFoundError, match="no folder .*elsewhere: name the one that holds annotations"):
+    with pytest.raises(FileNotFoundError, match="no folder .*elsewhere: name the folder that holds annotations"):
         ReferDataset(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="no image folder .*nowhere; name it: data.images=DIR"):
         ReferDataset(tmp_path, images=tmp_path / "nowhere")

@@ -1,10 +1,14 @@
-"""`aml robustness`: every condition, pooled numbers by hand, and going on after an interruption."""
+"""`aml robustness`: every condition, pooled numbers by hand, going on after an interruption, two ranks."""
 
 import json
+import os
+import shutil
+import socket
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from aml import cli, robustness, stored, trained
@@ -33,7 +37,7 @@ def made(place):
         calls.append(dataset.perturb)
         return evaluate(self, dataset, ranks, judge_map)
 
-    words = ["robustness", "--checkpoint", str(place / "run"), "--out", str(out)]
+    words = ["robustness", "--checkpoint", str(place / "run"), "--out", str(out), "train.batch_size=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained.Trained, "evaluate", interrupted)
         assert cli.main(words) == 130
@@ -54,6 +58,35 @@ def test_every_condition_has_its_records(made):
     assert len({tuple(r["sample_id"] for r in each["records"]) for each in found.values()}) == 1
     assert found["noise-5"]["records"] != found["clean"]["records"]
     assert not list(made.glob(".*"))
+
+
+def measure_as_rank(rank, port, words):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    if rank:
+        del os.replace  # by which any result appears: rank 0 alone may write
+    raise SystemExit(cli.main(words))
+
+
+def test_two_ranks_find_what_one_finds(place, made, tmp_path):
+    """To the bit, and what an earlier call has done is left alone."""
+    assert stored.load(made / "clean.json")["metrics"]["sentences"] > 1, "nothing to share"
+    done = [file for file in sorted(made.iterdir()) if file.stem.startswith(("clean", "blur", "haze", "jpeg", "noise"))]
+    times = {file.name: shutil.copyfile(file, tmp_path / file.name).stat().st_mtime_ns for file in done}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["robustness", "--checkpoint", str(place / "run"), "--out", str(tmp_path), "train.batch_size=1"]
+    ranks = [tiny.start(measure_as_rank, rank, port, words) for rank in (0, 1)]
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in times} == times
+    for file in made.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len(list(tmp_path.iterdir())) == len(list(made.iterdir()))
 
 
 def test_numbers_of_a_kind_are_over_all_its_sentences(made):

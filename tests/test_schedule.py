@@ -58,5 +58,6 @@ def test_a_recipe_is_the_published_one(path):
 def test_there_is_a_recipe_for_each_data_set():
     found = {(config.data.dataset, config.data.split_by) for config in map(load, CONFIGS.glob("*.yaml"))}
     assert found == {
-        ("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"), ("union", None), ("grefcoco", "unc"),
+        ("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google"), ("union", None),
+        ("grefcoco", "unc"), ("rrsisd", "unc"),
     }

@@ -1,12 +1,19 @@
 """A run that takes seconds: rendered scenes, a narrow text encoder, a backbone of 80 000 weights."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
+import psutil
+
 from aml.data.scenes import render_scenes
+
+#: Of CARIS: `backbone_options` that go with model.backbone=swin_tiny_patch4_window7_224
+NARROW_SWIN = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (2, 4, 4, 8)}
 
 
 def write_data(root: Path, train: int = 6, val: int = 2) -> Path:
@@ -70,6 +77,20 @@ def start(function, *arguments):
     return process
 
 
+def left_of(group: int, seconds: float = 30) -> list[str]:
+    """What a process group still runs after so long. Nothing runs in a process that ended and waits to be asked for."""
+    deadline = time.monotonic() + seconds
+    while True:
+        running = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                    running.append(" ".join(process.cmdline()))
+        if not running or time.monotonic() > deadline:
+            return running
+        time.sleep(0.05)
+
+
 def train(words: list[str], moment: int | None = None) -> None:
     """words: of `aml train`. moment: at which the process dies, see `dying.die_at`."""
     import dying
@@ -116,6 +137,8 @@ def train_as_rank(
 
     moment: at which this process dies, see `dying.die_at`.
     """
+    os.setsid()  # a process group of its own, with the loader's processes in it
+    multiprocessing.set_start_method("fork", force=True)
     join_ranks(rank, rendezvous)
     import dying
     import torch

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from aml.alignment_tables import markdown
-from aml.commands.options import count
+from aml.commands.options import FEWER_AT_ONCE, count
 
 ABOUT = "Measure which similarity maps point at the target."
 TAKES_SETTINGS = True
+MEMORY_REMEDY = FEWER_AT_ONCE
 TRAIN_SCENES, VAL_SCENES, SCENE_SIZE = 200, 60, 192
 EPILOG = """\
 examples:
@@ -51,11 +52,12 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from aml import alignment_figures, alignment_maps, assembly, checkpoint, config, predict
-    from aml.files import require_writable
+    from aml.files import require_no_file, require_writable
     from aml.models import build_model
     from aml.trained import settings_beside
 
     out = Path(options.out)
+    require_no_file(out)
     folder = checkpoint.resolve(options.checkpoint) if options.checkpoint else None
     load = partial(settings_beside, folder) if folder else partial(config.load, None)
     settings = load([*([f"data.root={options.data}"] if options.data else []), *options.settings])

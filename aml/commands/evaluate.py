@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from aml.commands.options import add_checkpoint, perturbation
+from aml.commands.options import FEWER_AT_ONCE, add_checkpoint, perturbation
 
 ABOUT = "Evaluate a checkpoint: mIoU, oIoU, P@X, at input and original size."
 TAKES_SETTINGS = True
+MEMORY_REMEDY = FEWER_AT_ONCE
 EPILOG = """\
 Writes one JSON and one CSV file per split, with a record per sentence, and a table beside published numbers.
 

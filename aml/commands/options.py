@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+FEWER_AT_ONCE = "give a lower train.batch_size, which is here how many sentences are taken at once"  # for MEMORY_REMEDY
 KINDS = ("occlusion", "noise", "blur", "colour", "low_light", "haze", "jpeg")  # those of `aml.perturbations`
 
 

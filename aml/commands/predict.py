@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     words = options.words
     if not options.interactive and len(words) < 2:
         raise ValueError(f"{words[0]!r}: expected photos and a sentence, or --interactive")
-    if not options.interactive and os.path.exists(words[-1]):
+    if not options.interactive and _means_a_path(words[-1]):
         raise ValueError(f"{words[-1]!r} is a file or folder: the sentence comes last, or give --interactive")
     paths = list(_photos(words if options.interactive else words[:-1]))
     import torch
@@ -61,6 +61,12 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         print(f"{len(failed)} of {len(paths)} photos were not read or their results not written", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _means_a_path(word: str) -> bool:
+    """Not so a sentence of one word, such as "dog", for all that a file or folder of that name lies here."""
+    looks = Path(word).suffix.lower() in SUFFIXES or os.path.basename(word) != word
+    return looks and os.path.exists(word)
 
 
 def _photos(words: list[str]) -> Iterator[Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from aml.commands.options import add_checkpoint
+from aml.commands.options import FEWER_AT_ONCE, add_checkpoint
 
 ABOUT = "Evaluate a checkpoint on disturbed photographs: seven kinds, five severities; table and plot."
 TAKES_SETTINGS = True
+MEMORY_REMEDY = FEWER_AT_ONCE
 EPILOG = """\
 36 evaluations. A call that is interrupted is simply repeated: what is finished is not done again.
 

@@ -7,6 +7,10 @@ from pathlib import Path
 
 ABOUT = "Train a model on data in the REFER layout."
 TAKES_SETTINGS = True
+MEMORY_REMEDY = (
+    "give a lower train.batch_size (train.accumulate makes up for it), train.precision=bf16, or for CARIS "
+    "model.gradient_checkpointing=true"
+)
 EXAMPLES = """\
 Settings are given in a YAML file and, after it, as section.name=value words:
   aml train --config run.yaml --data DATA --out runs/first optim.lr=1e-4 train.epochs=5

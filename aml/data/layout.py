@@ -23,7 +23,10 @@ _REFS_NAME = re.compile(r"g?refs\((?P<split_by>[^()]+)\)\.(?P<kind>json|p)")
 def find_data_sets(root: Path) -> list[tuple[str, str]]:
     """(dataset, split_by) of all data sets under `root`, in the order of their names. `root` must be a folder."""
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}: name the one that holds annotations and images, see docs/data.md")
+        remedy = "name the folder that holds annotations and images, see docs/data.md"
+        if root.exists():
+            raise NotADirectoryError(f"{root} is a file: {remedy}")
+        raise FileNotFoundError(f"no folder {root}: {remedy}")
     folders = [folder for parent in (root, root / "refer") if parent.is_dir() for folder in parent.iterdir()]
     found = {(folder.name, split_by) for folder in folders if folder.is_dir() for split_by in refs_files(folder)}
     return sorted(found)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +26,7 @@ def read_batches(
     pinned memory, from where `.to(device, non_blocking=True)` copies while the device computes.
 
     The processes end with the generator: close it in any case (`contextlib.closing`), or they keep Python from leaving.
+    They end too when this process is killed.
 
     Raises the OSError or ValueError of a sample with its own message, from whichever process.
     """
@@ -30,7 +35,7 @@ def read_batches(
         batch_size=None,
         sampler=batches,
         num_workers=workers,
-        worker_init_fn=_let_the_parent_stop,
+        worker_init_fn=_follow_the_parent,
         pin_memory=torch.device(device).type == "cuda",
         # A generator of its own: the loader would draw from the global one, which belongs to dropout.
         generator=torch.Generator(),
@@ -70,11 +75,25 @@ class _Batches(Dataset):
             return _Unread(OSError if isinstance(error, OSError) else ValueError, str(error))
 
 
-def _let_the_parent_stop(_: int) -> None:
-    """Ctrl-C and job schedulers signal all processes, but the main one decides."""
+def _follow_the_parent(_: int) -> None:
+    """A worker stops when the main process says so, or with it, and not before."""
 
     def ignore_once(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
 
+    # Ctrl-C and job schedulers signal all processes, but the main one decides.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ignore_once)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """Ends this process when the main one is killed.
+
+    PyTorch asks every 5 s whether the process above is another one than before. A forked worker holds the connections
+    between ranks open for so long, and the other ranks wait; under a fork server it never changes, and workers remain.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)

@@ -6,7 +6,8 @@
     open_dataset(root, "refcoco(unc),refcocog(umd),refcocog(google)") any others
 
 The data sets share photographs, and what one trains on another tests on. A union therefore trains on no image of any
-validation or test split of any of its members.
+validation or test split of any of its members. What is no member holds out nothing: to evaluate on RefCOCOg (google),
+of whose validation images "union" has many, make it one.
 """
 
 import hashlib

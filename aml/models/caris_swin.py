@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import timm
@@ -46,6 +47,8 @@ class SwinBackbone(nn.Module):
         super().__init__()
         trunk = _build(name, pretrained and weights is None, drop_path, options)
         self.patch_embed, self.layers = trunk.patch_embed, trunk.layers
+        for block in (block for stage in self.layers for block in stage.blocks):
+            block.forward = MethodType(_run_block, block)  # called as a module, so that FSDP can divide it
         self.channels = [info["num_chs"] for info in trunk.feature_info]
         self.checkpointing = False
         if pretrained and weights is not None:
@@ -61,7 +64,7 @@ class SwinBackbone(nn.Module):
             grid = stage.downsample(grid)
             mask = _region_mask(grid, stage.blocks)
             for block in stage.blocks:
-                grid = recomputed(self.checkpointing, _run_block, block, grid, mask)
+                grid = recomputed(self.checkpointing, block, grid, mask)
             maps.append(norm(grid).permute(0, 3, 1, 2).contiguous())
         return maps
 
