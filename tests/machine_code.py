@@ -21,6 +21,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_OF_PROCESSOR = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 REGISTERS_OF_PROCESSOR = 1 << 16
 THREADS_OF_PROCESSOR = 2048
+#: Bytes of shared memory that a launch asks for, which the machine code does not tell.
+DYNAMIC_SHARED = {"similarity_gradients<float>": 52624} | {
+    f"similarity_gradients<{name}>": 44432 for name in ("bf16", "f16")
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,12 @@ class Kernel:
 
     @property
     def wide_loads(self) -> int:
-        return self.count(r"LDG\.E(\.\w+)*\.(128|256)(\.\w+)*")
+        return self.count(r"LDG\.E(\.\w+)*\.(128|256)(\.\w+)*") + self.wide_copies
+
+    @property
+    def wide_copies(self) -> int:
+        """From global to shared memory, past the registers."""
+        return self.count(r"LDGSTS\.E(\.\w+)*\.128(\.\w+)*")
 
     @property
     def wide_stores(self) -> int:
@@ -162,7 +171,8 @@ def read(path: Path) -> list[Kernel]:
             numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage[mangled])}
             opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
             found.append(Kernel(
-                names[mangled], architecture, numbers["REG"], numbers["SHARED"], numbers["STACK"] + numbers["LOCAL"],
+                names[mangled], architecture, numbers["REG"],
+                numbers["SHARED"] + DYNAMIC_SHARED.get(names[mangled], 0), numbers["STACK"] + numbers["LOCAL"],
                 Counter(opcodes), *bounds[mangled],
             ))
     return found

@@ -36,6 +36,14 @@ def similarity(backend, size, dtype, layout="contiguous", **options):
     test_similarity.check(backend, *test_similarity.features(size, dtype, layouts), **options)
 
 
+def rows_anywhere(backend, dtype):
+    """Wherever rows of cells begin, the same bits."""
+    visual, text, mask = test_similarity.features(((2, 131, 7, 11), 6), dtype, ("contiguous",) * 3)
+    results = [test_similarity.check(backend, x, text, mask) for _, x in test_similarity.elsewhere(visual)]
+    for each in results[1:]:
+        assert all(map(same_bits, each, results[0]))
+
+
 def loss(backend, dtype, logits, target, map=(5, 7), samples=2, layouts=("cut", "sliced"), masks=True, **options):
     inputs = loss_inputs(batch=samples, logits=logits, target=target, map=map, dtype=dtype, layouts=layouts)
     test_masked_loss.check(backend, inputs, masks=masks, **{"quantile": 0.4, "protect_target": True, **options})
@@ -68,6 +76,8 @@ CASES = {
     "quantile, team": lambda b: quantile(b, 1, 3 * 16384, BF16),
     "similarity along cells": lambda b: similarity(b, ((2, 37, 6, 12), 6), F32),
     "similarity along channels": lambda b: similarity(b, ((2, 40, 6, 11), 6), BF16, "transposed"),
+    "similarity of rows that begin anywhere, fp32": lambda b: rows_anywhere(b, F32),
+    "similarity of rows that begin anywhere, bf16": lambda b: rows_anywhere(b, BF16),
     "similarity of single features": lambda b: similarity(b, ((2, 37, 5, 7), 6), F16, "sliced", softmax=True, scale=5),
     "similarity of many words": lambda b: similarity(b, ((1, 70, 5, 16), 77), F32),
     "loss of packed rows, fp32": lambda b: loss(b, F32, (24, 32), (24, 32), layouts=("contiguous",), masks=False),

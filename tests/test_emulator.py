@@ -134,6 +134,44 @@ def test_mistakes_are_found(emulated, mode, mistake, message):
     assert re.search(message, found[-1], re.DOTALL), found[-1]
 
 
+COPY_MISTAKES = ("none", "not waited for", "waited for the group before", "no barrier", "read at once", "misaligned")
+
+
+def reversed_packs(numbers):
+    packs = torch.zeros(256, dtype=torch.int32)
+    packs[: len(numbers)] = numbers
+    return packs.view(64, 4).flip(0).flatten()
+
+
+@pytest.mark.parametrize("count", (256, 233, 4, 1))
+def test_copies_to_shared_memory(run, count):
+    numbers = torch.arange(1, count + 1, dtype=torch.int32)
+    for _ in range(SCHEDULES[run.mode]):
+        assert torch.equal(run.call("reversed", numbers, 0), reversed_packs(numbers))
+
+
+@pytest.mark.parametrize(
+    "mode, mistake, message",
+    (
+        ("plain", "not waited for", "wrong"), ("plain", "waited for the group before", "wrong"),
+        ("plain", "no barrier", "wrong"), ("plain", "read at once", "wrong"),
+        ("plain", "misaligned", r"trap: .* at examples.cu:\d+"),
+        ("races", "no barrier", "ThreadSanitizer: data race"), ("races", "read at once", "ThreadSanitizer: data race"),
+    ),
+)
+def test_mistakes_with_copies_are_found(emulated, mode, mistake, message):
+    run, numbers, found = emulated(mode), torch.arange(256, dtype=torch.int32), []
+    for run.seed in range(SCHEDULES[mode]):
+        try:
+            if not torch.equal(run.call("reversed", numbers, COPY_MISTAKES.index(mistake)), reversed_packs(numbers)):
+                found.append("wrong")
+        except Failed as failed:
+            found.append(str(failed))
+            break
+    assert found, "nothing was found"
+    assert re.search(message, found[-1], re.DOTALL), found[-1]
+
+
 @pytest.mark.parametrize("wait", WAITS)
 def test_endless_waits_are_errors(emulated, wait):
     run, cooperative = emulated("plain"), wait in ("finished block", "polling", "deadlock")

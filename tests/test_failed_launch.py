@@ -1,5 +1,6 @@
 """A launch that the driver refuses is an error with the operator's name, the driver's reason and the shapes."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -44,10 +45,21 @@ CALLS = {
         "image [2, 3, 4, 5], similarity [2, 2, 2]",
     ),
 }
+WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0)  # bce_weight, dice_weight, negative_weight, positive_weight, smooth
+#: Called by themselves: no forward comes to its end here. aml_loss has the derivative of masked_loss.
+BACKWARD = {
+    "masked_loss_backward": (
+        (torch.ones(()), LOGITS, TARGET, None, None, torch.ones(2, 7), False, *WEIGHTS, 0),
+        "logits [2, 5, 6], target [2, 7, 8]",
+    ),
+    "pixel_text_similarity_backward": (
+        (torch.ones(2, 4, 5), VISUAL, TEXT, None, True, 1.0, False), "visual [2, 3, 4, 5], text [2, 6, 3]",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory):
+def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     for name in ("common", "cuda"):
         shutil.copytree(builds.ROOT / "csrc" / name, folder / "csrc" / name)
@@ -56,15 +68,31 @@ def backend(tmp_path_factory):
     assert source.count('#include "emulator.h"\n') == 1
     header.write_text(source.replace('#include "emulator.h"\n', REFUSED))
     emulated = Emulated("plain", folder)
-    with in_place_of_triton(emulated) as name:
-        yield name
+    yield emulated
     emulated.close()
 
 
-@pytest.mark.parametrize("operator", CALLS)
-def test_a_refused_launch_says_what_was_launched(backend, operator):
-    call, shapes = CALLS[operator]
-    with pytest.raises(Failed) as failure:
-        call(backend)
+def check(failure, operator, shapes):
     expected = f'{operator}: the launch failed with "too many resources requested for launch", {shapes}'
     assert str(failure.value).endswith(expected)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_a_refused_launch_says_what_was_launched(emulated, operator):
+    call, shapes = CALLS[operator]
+    with in_place_of_triton(emulated) as backend, pytest.raises(Failed) as failure:
+        call(backend)
+    check(failure, operator, shapes)
+
+
+@pytest.mark.parametrize("operator", BACKWARD)
+def test_a_refused_launch_of_a_gradient(emulated, operator):
+    arguments, shapes = BACKWARD[operator]
+    with pytest.raises(Failed) as failure:
+        emulated(operator, *arguments)
+    check(failure, operator, shapes)
+
+
+def test_every_operator_was_refused():
+    sources = "".join(path.read_text() for path in (builds.ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert set(re.findall(r"library\.impl\(\"(\w+)\"", sources)) == CALLS.keys() | BACKWARD.keys()

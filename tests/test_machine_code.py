@@ -11,13 +11,13 @@ ROOT = machine_code.ROOT
 
 #: Fewest 128-bit loads and stores of a kernel: one for each that its source issues at once for what it streams.
 STREAMING = {
-    r"aml_loss_forward": (4 + 2 + 2 + 3 * 2, 0),  # features of each type, rows of packed logits of each type
+    r"aml_loss_forward": (8 + 4 + 4 + 3 * 2, 0),  # features of each type, rows of packed logits of each type
     r"masked_loss_forward<Direct<\w+, \w+>>": (2, 0),
     r"masked_loss_backward_pixels<Direct<\w+, \w+>>": (2, 1),
-    r"similarity_(forward|coefficients)<float>": (4, 0),
-    r"similarity_(forward|coefficients)<(bf16|f16)>": (2, 0),
-    r"similarity_gradients<float>": (4, 4),
-    r"similarity_gradients<(bf16|f16)>": (2, 0),  # four gradients of 16 bits are a store of 64
+    r"similarity_(forward|coefficients)<float>": (8, 0),  # four packs, and one more for each row that needs it
+    r"similarity_(forward|coefficients)<(bf16|f16)>": (4, 0),
+    r"similarity_gradients<float>": (8, 4),
+    r"similarity_gradients<(bf16|f16)>": (4, 0),  # four gradients of 16 bits are a store of 64
     r"quantile_by_(block|team)<\w+>": (2, 0),
     r"filter_image_regions": (4, 4),  # elements of 1, 2, 4 and 8 bytes
 }
@@ -67,6 +67,18 @@ def test_inputs_are_streamed_in_128_bits(kernels):
         loads, stores = next(fewest for name, fewest in STREAMING.items() if re.fullmatch(name, kernel.name))
         seen = f"{kernel.name}: {kernel.wide_loads} loads and {kernel.wide_stores} stores of 128 bits"
         assert kernel.wide_loads >= loads and kernel.wide_stores >= stores, f"{seen}, expected {loads} and {stores}"
+
+
+def test_features_are_copied_in_128_bits_wherever_their_rows_begin(kernels):
+    """All copies to shared memory, of which there is one code for aligned rows and others."""
+    for kernel in kernels:
+        copies = kernel.count(r"LDGSTS\..*")
+        assert kernel.wide_copies == copies, f"{kernel.name}: {copies} copies, {kernel.wide_copies} of 128 bits"
+        fewest = next((n[0] for name, n in STREAMING.items() if re.fullmatch(name, kernel.name)), 0)
+        if re.match("similarity", kernel.name):
+            assert copies >= fewest, f"{kernel.name}: {copies} copies, expected {fewest}"
+        elif kernel.name == "aml_loss_forward":
+            assert copies >= fewest - 3 * 2, f"{kernel.name}: {copies} copies, expected {fewest - 3 * 2}"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -211,6 +211,19 @@ def test_sure_logits(backend):
     check(backend, inputs, quantile=0.3)
 
 
+def test_hardly_anything_is_predicted_where_nothing_is(backend):
+    """Dice is small then, and 1 minus a ratio near 1 would lose its digits, as plain PyTorch does."""
+    if backend == "reference":
+        pytest.skip("is plain PyTorch")
+    logits, smooth = normal(4, 2, 24, 32) - 30, 1e-5
+    actual = masked_loss(logits, torch.zeros(2, 24, 32, dtype=torch.uint8), smooth=smooth, backend=backend)
+    z = logits.double().flatten(1)
+    p = z.sigmoid().sum(1)
+    exact = (z.exp().log1p().mean(1) + p / (p + smooth)).mean()
+    # exp(-30) by a GPU's unit for it has a relative error of 2e-6.
+    torch.testing.assert_close(actual.double(), exact, rtol=4e-6, atol=0)
+
+
 @pytest.mark.large
 def test_many_pixels(backend):
     """Sums of a million terms keep the accuracy of fp32, from 16-bit inputs as well."""

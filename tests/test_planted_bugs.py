@@ -39,8 +39,23 @@ BUGS = {
         "plain", "quantile, one block", WRONG,
     ),
     "missing barrier before memory is used again": Bug(
-        "similarity", "similarity.cuh", "__syncthreads();  // the block before is done with", "",
+        "similarity", "similarity.cuh", "__syncthreads();  // the block before is done with, and this one is here", "",
         "plain", "similarity of many words", WRONG,
+    ),
+    "copies that nobody waits for": Bug(
+        "similarity", "similarity.cuh", "wait_for_copies<kAhead - 1>();", "",
+        "plain", "similarity of rows that begin anywhere, bf16", WRONG,
+    ),
+    "missing barrier before copies are read": Bug(
+        "similarity", "similarity_backward.cuh",
+        "__syncthreads();  // the tile is done with, and the next features are here", "",
+        "races", "similarity of rows that begin anywhere, bf16", RACE,
+    ),
+    "copies into memory that is still read": Bug(
+        "similarity", "similarity.cuh",
+        "features.put(slot, first, tile.features);\n    words.put(tile.words);\n    __syncthreads();",
+        "features.put(slot, first, tile.features);\n    words.put(tile.words);",
+        "plain", "similarity of rows that begin anywhere, bf16", WRONG,
     ),
     "histogram without atomics": Bug(
         "quantile", "selection.cuh", "atomicAdd(&s.bins[other >> shift & digit], 1u);",

@@ -96,6 +96,29 @@ def test_layouts(backend, size, layout):
             check(backend, *features(SIZES[size], layouts=(layout,) * 3, masked=masked), softmax=softmax, what=layout)
 
 
+def elsewhere(visual):
+    """The same features where rows of cells begin at other addresses, by name."""
+    samples, channels, *grid = visual.shape
+    garbage = torch.full((samples + 1, channels + 2, *grid), torch.nan, dtype=visual.dtype)
+    behind_a_sample, between_channels = garbage[:, :channels].contiguous()[1:], garbage[1:, 1:-1]
+    behind_a_number = torch.full((visual.numel() + 1,), torch.nan, dtype=visual.dtype)[1:].view_as(visual)
+    for name, memory in (
+        ("as they come", torch.empty_like(visual)), ("behind a sample", behind_a_sample),
+        ("between channels", between_channels), ("behind a number", behind_a_number),
+        ("channels last", torch.empty_like(visual, memory_format=torch.channels_last)),
+    ):
+        yield name, memory.copy_(visual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("grid", ((14, 14), (15, 15), (7, 7)), ids=str)
+def test_rows_that_begin_anywhere(backend, grid, dtype):
+    """A channel's cells are no multiple of 16 bytes, nor is a sample of an odd number of channels."""
+    visual, text, mask = features(((2, 67, *grid), 5), dtype, ("contiguous",) * 3)
+    for name, same in elsewhere(visual):
+        check(backend, same, text, mask, what=name)
+
+
 def test_expanded(backend):
     visual, text, mask = features()
     check(backend, visual[:1].expand(3, -1, -1, -1), text[:1].expand(3, -1, -1), mask[:1].expand(3, -1))

@@ -19,11 +19,14 @@ class Expected(NamedTuple):
 
 
 SAME, QUARTER = "`aml_loss`, logits of the target's size", "`aml_loss`, logits at a quarter"
+ODD = "`aml_loss`, features of 15 x 15"
 EXPECTED = {
     f"{SAME}, forward": Expected(["aml_loss_forward"], {"logits", "target", "visual"}, 2.0),
     f"{SAME}, backward": Expected(["masked_loss_backward_pixels"], {"logits", "target"}, 1.9),
     f"{QUARTER}, forward": Expected(["aml_loss_forward"], {"target", "visual"}, 3.5),
     f"{QUARTER}, backward": Expected(["masked_loss_backward_gather"], set(), 11),
+    f"{ODD}, forward": Expected(["aml_loss_forward"], {"logits", "target"}, 2.0),
+    f"{ODD}, backward": Expected(["masked_loss_backward_pixels"], {"logits", "target"}, 1.9),
     "`masked_loss`, forward": Expected(["masked_loss_forward"], {"logits", "target"}, 2.0),
     "`masked_loss`, backward": Expected(["masked_loss_backward_pixels"], {"logits", "target"}, 1.6),
     "`pixel_text_similarity`, forward": Expected(["similarity_forward"], {"visual"}, 1.3),
@@ -56,6 +59,12 @@ def test_features_are_read_once_per_launch_and_values_once_per_digit(rows):
     assert read["`pixel_text_similarity`, backward"]["visual"] == 2
     assert {read[f"`sample_quantile`, {length}, forward"]["values"] for length in ("short", "long")} == {3}
     assert read[f"{QUARTER}, backward"]["target"] < 1.2  # pixels between two tiles of logits are computed for both
+
+
+def test_rows_that_begin_within_16_bytes_are_read_from_there_on(rows):
+    """What a pack holds of the row before is read again: at most 7 features with each of the 4 tiles of 225 cells."""
+    visual = next(row.read["visual"] for row in rows if row.case == f"{ODD}, forward")
+    assert 1 < visual <= (225 + 4 * 7) / 225
 
 
 def test_results_are_written_once_and_completely(rows):

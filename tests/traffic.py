@@ -55,13 +55,13 @@ def row_of(case: str, last: dict) -> Row:
     )
 
 
-def losses(backend: str, logits: tuple[int, int]):
-    """aml_loss with a target of 128 x 128 and features of 16 x 16, 64 channels, then its backward."""
+def losses(backend: str, logits: tuple[int, int], grid: tuple[int, int] = (16, 16)):
+    """aml_loss with a target of 128 x 128 and features of 64 channels, then its backward."""
     mask = torch.ones(SAMPLES, 20, dtype=torch.bool)
     mask[:, 14:] = False
     leaf = normal(0, SAMPLES, *logits, dtype=BF16).requires_grad_()
     loss = aml_kernels.aml_loss(
-        leaf, coin(1, SAMPLES, 128, 128).to(torch.uint8), normal(2, SAMPLES, 64, 16, 16, dtype=BF16),
+        leaf, coin(1, SAMPLES, 128, 128).to(torch.uint8), normal(2, SAMPLES, 64, *grid, dtype=BF16),
         normal(3, SAMPLES, 20, 64, dtype=BF16), mask, quantile=0.25, protect_target=True, backend=backend,
     )
     yield "forward"
@@ -100,6 +100,7 @@ def region_filter(backend: str):
 CASES = {
     "`aml_loss`, logits of the target's size": lambda b: losses(b, (128, 128)),
     "`aml_loss`, logits at a quarter": lambda b: losses(b, (32, 32)),
+    "`aml_loss`, features of 15 x 15": lambda b: losses(b, (128, 128), (15, 15)),
     "`masked_loss`": masked_loss,
     "`pixel_text_similarity`": similarity,
     "`sample_quantile`, short": lambda b: quantile(b, SAMPLES, 4096),

@@ -97,8 +97,9 @@ struct SampleLoss {
 template <class T, class Sum>
 AML_INLINE SampleLoss<T> sample_loss(const SampleSums<Sum>& sums, const LossOptions<T>& options) {
   const T bce = sums.weight > 0 ? T(sums.weighted_bce) / T(sums.weight) : T(0);
-  const T dice = sums.kept == 0 ? T(0)
-      : T(1) - (T(2) * T(sums.py) + options.smooth) / (T(sums.p) + T(sums.y) + options.smooth);
+  // 1 - (2 py + smooth) / (p + y + smooth), without the cancellation where little is predicted and nothing is there.
+  const T p = T(sums.p), y = T(sums.y), py = T(sums.py);
+  const T dice = sums.kept == 0 ? T(0) : ((p - py) + (y - py)) / (p + y + options.smooth);
   return {bce, dice, options.bce_weight * bce + options.dice_weight * dice};
 }
 

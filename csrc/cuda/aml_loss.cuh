@@ -46,6 +46,7 @@ __host__ __device__ __forceinline__ void with_way_number(int way, F f) {
 
 __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCall call) {
   AML_SHARED(shared, AmlShared);
+  AML_SHARED(run, StripRun);
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.loss.ticket = 0;  // the barrier lets all see it
   with_float_type(call.similarity.visual.type, call.similarity.visual.data, [&](auto* visual) {
     using T = std::decay_t<decltype(*visual)>;
@@ -55,11 +56,11 @@ __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCal
       similarity_tile<T>(call.similarity, sample, (i - sample * tiles) * kTileCells, call.map, shared.tile);
     }
   });
-  prefetch_strips(call.loss);
+  begin_strips(call.loss, run, true);
   grid_barrier();
 
   with_way_number(call.way, [&](auto way) {
-    run_strips<true, false>(call.loss, shared.selection, [&](int sample, int begin, int end, float limit) {
+    run_strips<true, false>(call.loss, run, shared.selection, [&](int sample, int begin, int end, float limit) {
       sum_strips<decltype(way)>(call.loss, sample, begin, end, limit);
     });
   });

@@ -199,6 +199,35 @@ __device__ __forceinline__ void prefetch(const void* line) {
 #endif
 }
 
+// Copies from global to shared memory while the thread goes on: 16 bytes, of which only the first `bytes` are read and the
+// rest is zero. Both addresses are aligned to 16 bytes. What a thread copies up to commit_copies() is a group, and
+// wait_for_copies<n>() waits for all its groups but the n last; others see it behind a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+#if defined(__CUDA_ARCH__)
+  const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+#elif defined(AML_EMULATED)
+  emulation::copy_async(to, from, bytes);
+#else
+  (void)to, (void)from, (void)bytes;
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(AML_EMULATED)
+  emulation::commit_copies();
+#endif
+}
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#elif defined(AML_EMULATED)
+  emulation::wait_for_copies(kLeft);
+#endif
+}
+
 // ---- threads together
 
 // The sum over a warp, in every lane; always added in the same order.

@@ -1,5 +1,9 @@
 // What pixel_text_similarity reads: features in blocks of 64 cells and 64 channels, and words in blocks of 32 and 64
 // channels, on their way from global to shared memory while the blocks before are worked on.
+//
+// Features are copied to shared memory as they are, 16 bytes at a time and past the registers, and spread out as floats
+// from there. So a row of cells may begin anywhere, as the rows of 15 x 15 cells do: the aligned packs of 16 bytes that
+// hold it are copied, which may be one more than it fills.
 #pragma once
 
 #include "device.cuh"
@@ -7,8 +11,7 @@
 namespace aml::cuda {
 
 constexpr int kSimilarityThreads = 256;
-constexpr int kTileCells = 64;
-constexpr int kTileChannels = 64;
+constexpr int kTileCells = 64, kTileChannels = 64;
 constexpr int kTileWords = 32;  // real words compared in one reading; there are more in few sentences
 constexpr int kRow = 64 + 4;    // of shared arrays: rows lie 4 banks apart, and stay aligned to 16 bytes
 
@@ -18,8 +21,9 @@ constexpr float kSmallestSquare = 1e-24f;  // of a vector that has a direction, 
 // next, so that packs of channels are written to, as packs of cells are read from, different banks.
 __device__ __forceinline__ int feature_column(int channel, int cell) { return cell ^ (channel / 8 % 8 * 4); }
 
-// How a thread reads `visual`: 16 bytes along the cells, 16 bytes along the channels, or single features.
-enum class Reading : int { cells, channels, single };
+// How a thread reads `visual`: 16 bytes along the cells, where each row of cells begins with 16 bytes, or anywhere; 16
+// bytes along the channels; or single features.
+enum class Reading : int { cells, shifted_cells, channels, single };
 
 struct SimilarityCall {
   Plane visual;  // of one channel: rows and columns are those of the grid
@@ -52,88 +56,150 @@ struct SimilarityCall {
   }
 
  private:
-  // That strides, sizes and alignment allow.
+  // That strides and alignment allow.
   Reading widest_reading() const {
     const int64_t width = visual.type == Type::f32 ? 4 : 8;
     const bool aligned = reinterpret_cast<uintptr_t>(visual.data) % 16 == 0 && visual.sample_stride % width == 0;
-    if (!aligned || !linear) return Reading::single;
-    if (visual.column_stride == 1 && channel_stride % width == 0 && cells % width == 0) return Reading::cells;
-    if (channel_stride == 1 && visual.column_stride % width == 0 && channels % width == 0) return Reading::channels;
-    return Reading::single;
+    if (!linear) return Reading::single;
+    if (visual.column_stride == 1) return aligned && channel_stride % width == 0 ? Reading::cells : Reading::shifted_cells;
+    return aligned && channel_stride == 1 && visual.column_stride % width == 0 ? Reading::channels : Reading::single;
   }
 };
 
-// A block of features.
+// A block of features as they lie in memory: [channel][cell], or [cell][channel] where they are read along the channels.
+// A row has room for one pack more than a block is wide: it may begin within a pack.
+template <class T>
+struct RawFeatures {
+  static constexpr int kWidth = 16 / int(sizeof(T));
+  // How many of them are on their way at once: 16 KB.
+  static constexpr int kAhead = kTileCells * kTileChannels * int(sizeof(T)) > 8192 ? 1 : 2;
+  alignas(16) T value[kTileChannels][kTileCells + kWidth];
+};
+constexpr int kRawBytes = 2 * sizeof(RawFeatures<bf16>);
+static_assert(kRawBytes >= sizeof(RawFeatures<float>), "holds what is on its way of either");
+
 template <class T>
 class FeatureBlock {
  public:
+  using Raw = RawFeatures<T>;
   __device__ FeatureBlock(const SimilarityCall& call, int sample)
       : call_(call), data_(static_cast<const T*>(call.visual.data) + sample * call.visual.sample_stride) {}
 
-  // Cells from `first` on, channels from `channel` on; zero where there are none.
-  __device__ __forceinline__ void fetch(int first, int channel) {
-    const bool along_cells = call_.reading == Reading::cells, single = call_.reading == Reading::single;
-    const int cell = first + (single ? single_cell() : along_cells ? packed() : other(0));
-    const int c = channel + (single ? single_channel(0) : along_cells ? other(0) : packed());
-    const bool inside = cell < call_.cells && c < call_.channels;
-    const T* from = data_ + (inside ? offset_of(cell) + c * call_.channel_stride : 0);
-    if (single) {
-      const int left = inside ? call_.channels - c : 0;
-      const int64_t step = kSingleStep * call_.channel_stride;
+  // How many blocks ahead to fetch.
+  __device__ __forceinline__ int ahead() const { return call_.reading == Reading::single ? 1 : Raw::kAhead; }
+
+  // Cells from `first` on, channels from `channel` on; zero where there are none. Single features are read to registers.
+  __device__ __forceinline__ void fetch(Raw& raw, int first, int channel) {
+    if (call_.reading == Reading::single) return fetch_single(first, channel);
+    const bool along_channels = call_.reading == Reading::channels;
+    const int cell = first + (along_channels ? other(0) : packed() - shift(first, other(0)));
+    const int c = channel + (along_channels ? packed() : other(0));
+    const T* from = data_ + cell * call_.visual.column_stride + c * call_.channel_stride;
+    const int64_t step = kStep * (along_channels ? call_.visual.column_stride : call_.channel_stride);
+    const int rows = along_channels ? call_.cells - cell : call_.channels - c;
+    const int inside = along_channels ? call_.channels - c : min(call_.cells, first + kTileCells) - cell;
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        Pack<T> pack;
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          const int at = i * kWidth + e;
-          pack.value[e] = at * kSingleStep < left ? from[at * step] : from_float<T>(0);
-        }
-        raw_[i] = bit_cast<Raw>(pack);
-      }
-    } else {
-      const int left = inside ? (along_cells ? call_.channels - c : call_.cells - cell) : 0;
-      const int64_t step = kStep * (along_cells ? call_.channel_stride : call_.visual.column_stride);
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        raw_[i] = i * kStep < left ? __ldg(reinterpret_cast<const Raw*>(from + i * step)) : Raw{};
+    for (int i = 0; i < kPacks; ++i) {
+      const int elements = i * kStep < rows ? inside : 0;
+      copy(&raw.value[other(i)][packed()], from + i * step, elements);
+      if (call_.reading == Reading::shifted_cells && packed() == 0) {
+        copy(&raw.value[other(i)][kTileCells], from + i * step + kTileCells, elements - kTileCells);
       }
     }
   }
 
-  // A cell has one column in all channels of a pack, which lie within eight.
-  __device__ __forceinline__ void put(float (&features)[kTileChannels][kRow]) const {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const Pack<T> pack = bit_cast<Pack<T>>(raw_[i]);
-      if (call_.reading == Reading::cells) {
-        const int column = feature_column(other(i), packed());
-#pragma unroll
-        for (int e = 0; e < kWidth; e += 4) {
-          Pack<float, 4> four;
-#pragma unroll
-          for (int k = 0; k < 4; ++k) four.value[k] = to_float(pack.value[e + k]);
-          store<4>(&features[other(i)][column ^ e], four);
-        }
-      } else if (call_.reading == Reading::channels) {
-        const int column = feature_column(packed(), other(i));
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) features[packed() + e][column] = to_float(pack.value[e]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          const int at = i * kWidth + e;
-          features[single_channel(at)][feature_column(at * kSingleStep, single_cell())] = to_float(pack.value[e]);
-        }
-      }
+  // Everything is loaded before anything is stored: one may be the other, as far as a compiler can tell.
+  __device__ __forceinline__ void put(const Raw& raw, int first, float (&features)[kTileChannels][kRow]) const {
+    switch (call_.reading) {
+      case Reading::cells: return put_along_cells(packs(raw), features);
+      case Reading::channels: return put_along_channels(packs(raw), features);
+      case Reading::shifted_cells: return put_singles(shifted(raw, first), features);
+      default: return put_singles(singles_, features);
     }
   }
 
  private:
-  static constexpr int kWidth = 16 / int(sizeof(T));
-  using Raw = Word<T, kWidth>;
-  static constexpr int kPacks = kTileCells * kTileChannels / kSimilarityThreads / kWidth;
-  static constexpr int kPacksAcross = kTileCells / kWidth;
+  static constexpr int kWidth = Raw::kWidth;
+  static constexpr int kPacks = kTileCells * kTileChannels / kSimilarityThreads / kWidth, kPacksAcross = kTileCells / kWidth;
   static_assert(kTileCells == kTileChannels, "a pack lies along either");
+  // What a thread moves: packs, or as many single features.
+  struct Packs {
+    Pack<T> pack[kPacks];
+  };
+
+  // `elements` of them, at most a pack; the rest is zero. A pack may begin before its row: what shares 16 aligned bytes
+  // with a feature was allocated with it. It is not read beyond its row, which may be where the tensor ends.
+  static __device__ __forceinline__ void copy(T* to, const T* from, int elements) {
+    copy_async(to, from, max(0, min(elements, kWidth)) * int(sizeof(T)));
+  }
+
+  // Which number of a pack is the first cell in that row of the block. Blocks begin with a multiple of kWidth channels.
+  __device__ __forceinline__ int shift(int first, int row) const {
+    if (call_.reading != Reading::shifted_cells) return 0;
+    const unsigned begin = unsigned(reinterpret_cast<uintptr_t>(data_) / sizeof(T)) + unsigned(first);
+    return int((begin + unsigned(row) * unsigned(call_.channel_stride)) % unsigned(kWidth));
+  }
+
+  __device__ __forceinline__ Packs packs(const Raw& raw) const {
+    Packs packs;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs.pack[i] = load<kWidth>(&raw.value[other(i)][packed()]);
+    return packs;
+  }
+  // A cell has one column in all channels of a pack, which lie within eight.
+  static __device__ __forceinline__ void put_along_cells(const Packs& packs, float (&features)[kTileChannels][kRow]) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = feature_column(other(i), packed());
+#pragma unroll
+      for (int e = 0; e < kWidth; e += 4) {
+        Pack<float, 4> four;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) four.value[k] = to_float(packs.pack[i].value[e + k]);
+        store<4>(&features[other(i)][column ^ e], four);
+      }
+    }
+  }
+  static __device__ __forceinline__ void put_along_channels(const Packs& packs, float (&features)[kTileChannels][kRow]) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = feature_column(packed(), other(i));
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) features[packed() + e][column] = to_float(packs.pack[i].value[e]);
+    }
+  }
+
+  // A warp takes 32 cells of one row: no two threads meet in a bank, wherever rows begin. Every other row of a thread
+  // begins at the same place of a pack.
+  __device__ __forceinline__ Packs shifted(const Raw& raw, int first) const {
+    const bool exists = first + single_cell() < call_.cells;
+    const int column[2] = {shift(first, single_channel(0)) + single_cell(), shift(first, single_channel(1)) + single_cell()};
+    Packs singles;
+#pragma unroll
+    for (int i = 0; i < kSingles; ++i) {
+      singles.pack[i / kWidth].value[i % kWidth] = exists ? raw.value[single_channel(i)][column[i % 2]] : from_float<T>(0);
+    }
+    return singles;
+  }
+  static __device__ __forceinline__ void put_singles(const Packs& singles, float (&features)[kTileChannels][kRow]) {
+#pragma unroll
+    for (int i = 0; i < kSingles; ++i) {
+      const int column = feature_column(i * kSingleStep, single_cell());
+      features[single_channel(i)][column] = to_float(singles.pack[i / kWidth].value[i % kWidth]);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_single(int first, int channel) {
+    const int cell = first + single_cell(), c = channel + single_channel(0);
+    const bool exists = cell < call_.cells;
+    const T* from = data_ + (exists ? offset_of(cell) : 0) + c * call_.channel_stride;
+    const int left = exists ? call_.channels - c : 0;
+    const int64_t step = kSingleStep * call_.channel_stride;
+#pragma unroll
+    for (int i = 0; i < kSingles; ++i) {
+      singles_.pack[i / kWidth].value[i % kWidth] = i * kSingleStep < left ? from[i * step] : from_float<T>(0);
+    }
+  }
 
   __device__ int64_t offset_of(int cell) const {
     if (call_.linear) return cell * call_.visual.column_stride;
@@ -142,16 +208,18 @@ class FeatureBlock {
   }
   // Where pack i of a thread lies in the block, along the packed axis and along the other one.
   static constexpr int kStep = kSimilarityThreads / kPacksAcross;
+  static_assert(kStep % kWidth == 0, "all packs of a thread are shifted alike");
   static __device__ int packed() { return threadIdx.x % kPacksAcross * kWidth; }
   static __device__ int other(int i) { return threadIdx.x / kPacksAcross + i * kStep; }
   // The same for single features.
-  static constexpr int kSingleStep = kSimilarityThreads / kTileCells;
+  static constexpr int kSingleStep = kSimilarityThreads / kTileCells, kSingles = kTileCells * kTileChannels / kSimilarityThreads;
+  static_assert(2 * kSingleStep % kWidth == 0, "every other row of a thread is shifted alike");
   static __device__ int single_cell() { return threadIdx.x % kTileCells; }
   static __device__ int single_channel(int i) { return threadIdx.x / kTileCells + i * kSingleStep; }
 
   const SimilarityCall& call_;
   const T* data_;
-  Raw raw_[kPacks];  // as they lie in memory: converting, or taking apart, would wait for the load
+  Packs singles_;  // as they lie in memory: converting, or taking apart, would wait for the load
 };
 
 // Lists the real words among [first, first + kTileWords) and returns how many there are. Ends with a barrier.

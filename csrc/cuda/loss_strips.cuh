@@ -13,8 +13,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
-#include <type_traits>
 
 #include "quantile.cuh"
 #include "sums.cuh"
@@ -145,8 +143,11 @@ __device__ __forceinline__ void prefetch_rows(const LossCall& call, const Plane&
   }
 }
 
-__device__ __forceinline__ void prefetch_strips(const LossCall& call) {
-  const StripRun run(call);
+// By all threads of the block. A run is in shared memory, because a selection needs all registers.
+__device__ __forceinline__ void begin_strips(const LossCall& call, StripRun& run, bool prefetched) {
+  if (threadIdx.x == 0) run = StripRun(call);
+  __syncthreads();
+  if (!prefetched) return;
   prefetch_rows(call, call.logits, run);
   prefetch_rows(call, call.target, run);
 }
@@ -169,14 +170,10 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int
   }
 }
 
-// Calls sum(sample, begin, end, limit) for the strips of this block, one sample after the other.
+// Calls sum(sample, begin, end, limit) for the strips of `run`, one sample after the other.
 // kFloatMap: the map consists of contiguous floats, or has rows of them.
 template <bool kFloatMap, bool kTeams, class F>
-__device__ __forceinline__ void run_strips(const LossCall& call, Selection& selection, F sum) {
-  // What is left of the block's run: in shared memory, because a selection needs all registers.
-  AML_SHARED(run, StripRun);
-  if (threadIdx.x == 0) run = StripRun(call);
-  __syncthreads();
+__device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, Selection& selection, F sum) {
   while (run.strips > 0) {
     float limit;
     if constexpr (kFloatMap) {

@@ -8,9 +8,10 @@ namespace aml::cuda {
 template <class Way>
 __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked_loss_forward(const LossCall call) {
   AML_SHARED(selection, Selection);
+  AML_SHARED(run, StripRun);
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
-  if (call.limit.by_quantile) prefetch_strips(call);
-  run_strips<!std::is_same_v<Way, General>, true>(call, selection, [&](int sample, int begin, int end, float limit) {
+  begin_strips(call, run, call.limit.by_quantile);
+  run_strips<!std::is_same_v<Way, General>, true>(call, run, selection, [&](int sample, int begin, int end, float limit) {
     sum_strips<Way>(call, sample, begin, end, limit);
   });
   finish_loss(call);

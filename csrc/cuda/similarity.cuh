@@ -16,6 +16,7 @@ constexpr int kWordGroup = 8;  // a thread multiplies four cells with the words 
 struct SimilarityTile {
   alignas(16) float features[kTileChannels][kRow];  // [channel][feature_column]; in the end [word][cell]: dot products
   alignas(16) float words[kTileChannels][kTileWords + 4];
+  alignas(16) unsigned char raw[kRawBytes];  // features on their way
   float square[kTileCells];  // of the features
   float inverse_norm[kTileWords];
   int32_t index[kTileWords];  // of the real words in `text`
@@ -101,17 +102,24 @@ __device__ int compare_words(const SimilarityCall& call, int sample, int first, 
   FeatureBlock<T> features(call, sample);
   WordBlock words(call, sample, tile.index, count);
   Products products(count);
-  features.fetch(first, 0);
+  auto* const raw = reinterpret_cast<RawFeatures<T>*>(tile.raw);
+  constexpr int kAhead = RawFeatures<T>::kAhead;
+  const int ahead = features.ahead() * kTileChannels;
+  for (int channel = 0; channel < ahead; channel += kTileChannels) {
+    features.fetch(raw[channel / kTileChannels], first, channel);
+    commit_copies();
+  }
   words.fetch(0);
   for (int channel = 0; channel < call.channels; channel += kTileChannels) {
-    __syncthreads();  // the block before is done with
-    features.put(tile.features);
+    RawFeatures<T>& slot = raw[channel / kTileChannels % kAhead];
+    wait_for_copies<kAhead - 1>();
+    __syncthreads();  // the block before is done with, and this one is here
+    features.put(slot, first, tile.features);
     words.put(tile.words);
     __syncthreads();
-    if (channel + kTileChannels < call.channels) {
-      features.fetch(first, channel + kTileChannels);
-      words.fetch(channel + kTileChannels);
-    }
+    if (channel + ahead < call.channels) features.fetch(slot, first, channel + ahead);
+    commit_copies();
+    if (channel + kTileChannels < call.channels) words.fetch(channel + kTileChannels);
     products.add(tile, min(kTileChannels, call.channels - channel));
   }
   words.put_norms(tile.inverse_norm);

@@ -21,6 +21,14 @@ struct GradientTile {
   bool last;
 };
 
+// Dynamic: for fp32 it is more than a kernel may have without asking.
+template <class T>
+struct GradientShared {
+  GradientTile tile;
+  RawFeatures<T> raw;  // of the next tile, on their way
+};
+static_assert(2 * (sizeof(GradientShared<float>) + 1024) <= 164 * 1024, "two blocks on sm_80, which takes 1 KB of each");
+
 __device__ __forceinline__ int padded(int count) { return (count + kWordGroup - 1) / kWordGroup * kWordGroup; }
 
 // The listed words' coefficients for the cells from `first` on; zero where there is no cell or no word.
@@ -194,7 +202,8 @@ __device__ inline void finish_words(const SimilarityBackwardCall& backward, cons
 // blocks write the cells' gradients, from all words, and every word block sums those of its own words.
 template <class T>
 __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(SimilarityBackwardCall backward, SimilarityScratch scratch) {
-  AML_SHARED(tile, GradientTile);
+  AML_DYNAMIC_SHARED(GradientShared<T>, shared);
+  GradientTile& tile = shared->tile;
   const SimilarityCall& call = backward.forward;
   const int word_blocks = backward.word_blocks, parts = backward.parts;
   const int channel = int(blockIdx.x) % backward.channel_blocks * kTileChannels;
@@ -208,15 +217,18 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
   const int own_count = list_words(call, sample, own * kTileWords, tile.index);
   WordGradient word_gradient(own_count);
   FeatureBlock<T> features(call, sample);
+  if (first_tile < last_tile) features.fetch(shared->raw, first_tile * kTileCells, channel);
   for (int t = first_tile; t < last_tile; ++t) {
     const int first = t * kTileCells;
-    features.fetch(first, channel);
-    __syncthreads();  // the tile is done with
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();  // the tile is done with, and the next features are here
     if (word_blocks > 1) list_words(call, sample, own * kTileWords, tile.index);
     if (own == 0 && (t == first_tile || word_blocks > 1)) stage_words(call, scratch, sample, channel, own_count, tile);
     stage_coefficients(call, scratch, sample, first, own_count, tile);
-    features.put(tile.features);
+    features.put(shared->raw, first, tile.features);
     __syncthreads();
+    if (t + 1 < last_tile) features.fetch(shared->raw, first + kTileCells, channel);
     if (own_count > 0) word_gradient.add(tile);
     if (own > 0) continue;
     FeatureGradient gradient(tile);
@@ -260,7 +272,7 @@ cudaError_t launch_similarity_backward(const SimilarityBackwardCall& call, const
       AML_LAUNCH(dim3(unsigned(call.samples * call.forward.tiles)), threads, 0, stream, similarity_coefficients<T>, call, scratch);
   if (error != cudaSuccess) return error;
   const int64_t blocks = call.samples * call.word_blocks * call.parts * call.channel_blocks;
-  return AML_LAUNCH(dim3(unsigned(blocks)), threads, 0, stream, similarity_gradients<T>, call, scratch);
+  return AML_LAUNCH(dim3(unsigned(blocks)), threads, sizeof(GradientShared<T>), stream, similarity_gradients<T>, call, scratch);
 }
 
 }  // namespace aml::cuda

@@ -102,6 +102,50 @@ template <class T> void __stcs(T* address, std::type_identity_t<T> value) { *add
 template <class T> void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
 template <class T> void __stwt(T* address, std::type_identity_t<T> value) { *address = value; }
 
+// ---- Copies to shared memory while the thread goes on (cp.async of 16 bytes). A copy is made at once, or when it is
+// waited for, by chance: so both what is read too early and what is overwritten too early shows.
+
+namespace emulation {
+
+inline void copy(const Copy& copy) {
+  if (copy.bytes == sizeof(uint4)) {
+    *static_cast<uint4*>(copy.to) = loaded(static_cast<const uint4*>(copy.from));
+    return;
+  }
+  for (unsigned b = 0; b < sizeof(uint4); ++b) {
+    static_cast<char*>(copy.to)[b] = b < copy.bytes ? loaded(static_cast<const char*>(copy.from) + b) : char(0);
+  }
+}
+
+// The next copy that has to be there when all groups but `left` are; none: no bytes and no place.
+EMULATION_HIDDEN Copy next_copy(unsigned left) {
+  Fibre* fibre = running.self;
+  if (fibre->n_copies == 0 || fibre->copies[0].group + left >= fibre->copy_group) return {};
+  const Copy first = fibre->copies[0];
+  __builtin_memmove(fibre->copies, fibre->copies + 1, --fibre->n_copies * sizeof(Copy));
+  return first;
+}
+
+EMULATION_HIDDEN bool comes_later(const Copy& copy, std::source_location at) {
+  Fibre* fibre = running.self;
+  const uintptr_t places = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
+  if (places % sizeof(uint4) || copy.bytes > sizeof(uint4)) trap(at);
+  if (fibre->n_copies == std::size(fibre->copies) || running.random() % 2) return false;
+  fibre->copies[fibre->n_copies++] = {copy.to, copy.from, copy.bytes, fibre->copy_group};
+  return true;
+}
+
+inline void copy_async(void* to, const void* from, int bytes, EMULATION_HERE) {
+  const Copy asked{to, from, unsigned(bytes), 0};
+  if (!comes_later(asked, at)) copy(asked);
+}
+EMULATION_HIDDEN void commit_copies() { ++running.self->copy_group; }
+inline void wait_for_copies(int left) {
+  for (Copy next = next_copy(unsigned(left)); next.to; next = next_copy(unsigned(left))) copy(next);
+}
+
+}  // namespace emulation
+
 // A prefetch changes nothing, but its address has to be one of the input: looked at where bounds are checked.
 namespace emulation {
 inline void prefetch([[maybe_unused]] const void* line) {

@@ -96,6 +96,29 @@ Tensor sum(Tensor from, int64_t blocks, int64_t mistake) {
   return out;
 }
 
+// ---- Copies to shared memory that go on beside the thread: packs that all read in reverse order.
+
+enum CopyMistake { kCopiedRight, kNotWaitedFor, kWaitedForTheGroupBefore, kNoBarrierBehind, kReadAtOnce, kMisalignedCopy };
+
+__global__ void reverse(const int* from, int* out, int n, int mistake) {
+  AML_SHARED(pack, int4[64]);
+  const int i = int(threadIdx.x), left = n - 4 * i;
+  emulation::commit_copies();
+  emulation::copy_async(&pack[i], from + 4 * i + (mistake == kMisalignedCopy), left >= 4 ? 16 : left > 0 ? left * 4 : 0);
+  emulation::commit_copies();
+  if (mistake != kNotWaitedFor) emulation::wait_for_copies(mistake == kWaitedForTheGroupBefore);
+  if (mistake != kNoBarrierBehind) __syncthreads();
+  const int4 other = pack[63 - i];
+  if (mistake == kReadAtOnce) emulation::copy_async(&pack[i], from, 16);  // where another may still read
+  out[4 * i] = other.x, out[4 * i + 1] = other.y, out[4 * i + 2] = other.z, out[4 * i + 3] = other.w;
+}
+
+Tensor reversed(Tensor from, int64_t mistake) {
+  Tensor out = torch::stable::new_empty(from, {256});
+  AML_LAUNCH(1, 64, 0, nullptr, reverse, from.const_data_ptr<int>(), out.mutable_data_ptr<int>(), int(from.numel()), int(mistake));
+  return out;
+}
+
 // ---- Waiting for ever, or for nobody.
 
 enum Wait { kDivergent, kDeadlock, kFinishedLane, kNotInMask, kGridBarrier, kFinishedBlock, kPolling, kTrap };
@@ -183,6 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(aml_kernels, CUDA, library) {
   library.impl("warp", TORCH_BOX(&warp));
   library.impl("halves", TORCH_BOX(&halves));
   library.impl("sum", TORCH_BOX(&sum));
+  library.impl("reversed", TORCH_BOX(&reversed));
   library.impl("waits", TORCH_BOX(&waits));
   library.impl("rotated", TORCH_BOX(&rotated));
   library.impl("unwritten", TORCH_BOX(&unwritten));

@@ -55,6 +55,13 @@ struct Warp {
 
 enum class Request { start, done, go_on, spin, warp, block, grid, meeting, shared, trap };
 
+// A copy to shared memory that may still be on its way.
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, group;
+};
+
 struct Fibre : Context {
   uint3 index;
   unsigned lane;
@@ -76,6 +83,9 @@ struct Fibre : Context {
   bool fenced = false;
   void* touched[8] = {};
   unsigned n_touched = 0;
+  // In the order in which they were asked for; the group that is not committed yet.
+  Copy copies[kWarp];
+  unsigned n_copies = 0, copy_group = 0;
 };
 
 struct Block {
