@@ -134,17 +134,22 @@ def readme(report: dict) -> str:
 
 
 def linearity(rows: list[dict]) -> str:
-    """Nanoseconds per pixel over the sweep, and how far they are from constant."""
-    lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest:", ""]
-    lines += [_line(["op", "pass", "provider", "ns per pixel", "spread"]), _line(["---"] * 3 + ["--:"] * 2)]
-    cost: dict[tuple, list[float]] = {}
+    """Nanoseconds per pixel over the sweep, and by how much a size costs more per pixel than any smaller one."""
+    lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest, and the most that", (
+        "a size takes beyond its share of the time of a smaller one (0: time grows with the pixels or slower):"
+    ), ""]
+    lines += [_line(["op", "pass", "provider", "ns per pixel", "spread", "beyond"]), _line(["---"] * 3 + ["--:"] * 3)]
+    costs: dict[tuple, list[tuple[int, float]]] = {}
     for row in rows:
         if row["sweep"]:
             key = (row["op"], row["pass"], row["provider"])
-            cost.setdefault(key, []).append(1e6 * row["p50_ms"] / row["pixels"])
-    for key, values in cost.items():
+            costs.setdefault(key, []).append((row["pixels"], 1e6 * row["p50_ms"] / row["pixels"]))
+    for key, sizes in costs.items():
+        values = [cost for _, cost in sorted(sizes)]
         low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
-        lines.append(_line([*key, f"{low:.2f}, {middle:.2f}, {high:.2f}", f"{high / low:.2f}"]))
+        beyond = max(cost / min(values[: i + 1]) - 1 for i, cost in enumerate(values))
+        cells = [f"{low:.2f}, {middle:.2f}, {high:.2f}", f"{high / low:.2f}", f"{beyond:.0%}"]
+        lines.append(_line([*key, *cells]))
     return "\n".join(lines)
 
 

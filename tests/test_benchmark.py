@@ -165,3 +165,13 @@ def test_chart_of_stored_rows(without_compile, tmp_path):
     subprocess.run([*command, "--output", str(tmp_path / "chart.png")], check=True, timeout=120)
     assert (tmp_path / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((tmp_path / "results/cpu.json").read_text())["rows"] == report["rows"]
+
+
+def test_what_a_size_takes_beyond_its_share():
+    """Of sizes in any order: the second is dearer per pixel than the first by a half, the third than it by nothing."""
+    times = {4_000_000: 10.0, 1_000_000: 2.0, 2_000_000: 6.0}
+    rows = [
+        {"op": "op", "pass": "forward", "provider": "cpu", "sweep": True, "pixels": pixels, "p50_ms": time}
+        for pixels, time in times.items()
+    ]
+    assert "| 2.00, 2.50, 3.00 | 1.50 | 50% |" in tables.linearity(rows)
