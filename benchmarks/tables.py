@@ -135,8 +135,8 @@ def readme(report: dict) -> str:
 
 def linearity(rows: list[dict]) -> str:
     """Nanoseconds per pixel over the sweep, and by how much a size costs more per pixel than any smaller one."""
-    lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest, and the most"]
-    lines += ["that a size takes beyond its share of a smaller one's time (0: time grows no faster than the pixels):", ""]
+    lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest, and by how"]
+    lines += ["much a size is beyond its share of a smaller one's time (0: time grows no faster than pixels):", ""]
     lines += [_line(["op", "pass", "provider", "ns per pixel", "spread", "beyond"]), _line(["---"] * 3 + ["--:"] * 3)]
     costs: dict[tuple, list[tuple[int, float]]] = {}
     for row in rows:
