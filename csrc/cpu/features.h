@@ -50,9 +50,9 @@ struct Tile {
   T* best;                // [pixels]: the similarity; in the backward the coefficient of the feature itself
   T* features;            // [kChannelBlock][pixels], where they cannot be used in place
   T* out = nullptr;       // [kChannelBlock][pixels]: gradient of the features
-  T* coefficient = nullptr;                   // [pixels]: of the word with the largest similarity, and
+  T* coefficient = nullptr;    // [pixels]: of the word with the largest similarity, and
   LaneInt<T>* word = nullptr;  // [pixels]: which that is
-  T* word_sums = nullptr;                     // [words][kChannelBlock]: gradient of the unit words
+  T* word_sums = nullptr;      // [words][kChannelBlock]: gradient of the unit words
   int32_t* active = nullptr;  // [1 + strips]: how many strips (vectors of pixels) have a gradient, and which
 };
 
