@@ -48,11 +48,14 @@ STRATEGIES = {
 }
 SETTINGS = {
     **{name: STRATEGIES[name] for name in ("none", "loss", "random")},
+    "quantile-0.1": ["alignment.quantile=0.1"],
     "quantile-0.5": ["alignment.quantile=0.5"],
     "quantile-0.75": ["alignment.quantile=0.75"],
     "random-0.5": ["alignment.strategy=random", "alignment.quantile=0.5"],
     "no-warmup": ["alignment.warmup=0"],
+    "warmup-0.5": ["alignment.warmup=0.5"],
     "unprotected": ["alignment.protect_target=false"],
+    "linear": ["alignment.projection=linear"],
     "unprotected-gaussian": ["alignment.protect_target=false", "alignment.projection=gaussian"],
 }
 
@@ -85,7 +88,7 @@ EXPERIMENTS = {
     ),
     "scenes": Experiment(
         "The strategies on rendered scenes.", "scenes", STRATEGIES, SCENES_COMMON, "test",
-        disturbed=("none", "loss"),
+        disturbed=("none", "random", "easiest", "loss", "image"),
     ),
     "settings": Experiment(
         "Settings of `loss` on rendered scenes, one at a time, and a control of the higher quantile.",

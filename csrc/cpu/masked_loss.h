@@ -9,7 +9,7 @@ namespace {
 
 template <bool kResized, bool kValid, Target kTarget, class T>
 inline void add_row(const PixelRow<T>& row, int64_t columns, T limit, bool protect_target, T negative_weight,
-                    T weight_step, double (*sums)[kLanes<T>], int64_t (*counts)[kLanes<T>]) {
+                    T weight_step, double (*sums)[kLanes<T>], int64_t* counts) {
   const Filter<T, kResized, kValid, kTarget> filter{Lanes<T>(limit), Mask<T>::all(protect_target)};
   constexpr int64_t kStep = kRowVectors * kLanes<T>;
   for (int64_t first = 0; first < columns; first += kStep) {
@@ -30,7 +30,7 @@ inline void add_row(const PixelRow<T>& row, int64_t columns, T limit, bool prote
 }
 
 template <class T>
-using AddRow = void (*)(const PixelRow<T>&, int64_t, T, bool, T, T, double (*)[kLanes<T>], int64_t (*)[kLanes<T>]);
+using AddRow = void (*)(const PixelRow<T>&, int64_t, T, bool, T, T, double (*)[kLanes<T>], int64_t*);
 
 template <Target kTarget, class T>
 AddRow<T> choose_add_row(const MaskedLossCall<T>& call) {
@@ -48,7 +48,7 @@ void masked_loss_forward(const MaskedLossCall<T>& call, int64_t sample, int64_t 
   const AddRow<T> add = labels ? choose_add_row<Target::Label>(call) : choose_add_row<Target::Soft>(call);
   const T negative = call.options.negative_weight, step = call.options.positive_weight - negative;
   double sums[kSums][kLanes<T>] = {};
-  int64_t counts[kCounts][kLanes<T>] = {};
+  int64_t counts[kCounts] = {};
   for (int64_t x = 0; x < call.columns; x += kTileColumns) {
     const int64_t count = call.columns - x < kTileColumns ? call.columns - x : kTileColumns;
     rows.start_tile(sample, x, count);
@@ -57,15 +57,13 @@ void masked_loss_forward(const MaskedLossCall<T>& call, int64_t sample, int64_t 
     }
   }
   double sum[kSums] = {};
-  int64_t number[kCounts] = {};
   for (int lane = 0; lane < kLanes<T>; ++lane) {
     for (int i = 0; i < kSums; ++i) sum[i] += sums[i][lane];
-    for (int i = 0; i < kCounts; ++i) number[i] += counts[i][lane];
   }
-  *result = labels ? RowSums<T, Target::Label>::finish(sum, number, call.options)
-                   : RowSums<T, Target::Soft>::finish(sum, number, call.options);
-  result->kept = number[kKept], result->kept_target = number[kKeptTarget];
-  result->intersection = number[kIntersection], result->union_ = number[kUnion], result->bad_target = number[kBad];
+  *result = labels ? RowSums<T, Target::Label>::finish(sum, counts, call.options)
+                   : RowSums<T, Target::Soft>::finish(sum, counts, call.options);
+  result->kept = counts[kKept], result->kept_target = counts[kKeptTarget];
+  result->intersection = counts[kIntersection], result->union_ = counts[kUnion], result->bad_target = counts[kBad];
 }
 
 template <class T>

@@ -12,7 +12,7 @@ constexpr int64_t kRowVectors = 64;  // that are added up in T before the sums g
 
 template <class T>
 struct RowCounts {
-  Vector<LaneInt<T>> kept{}, kept_target{}, intersection{}, union_{}, bad{};
+  Tally<T> kept{}, kept_target{}, intersection{}, union_{}, bad{};
 
   template <class Pixels>
   AML_MEMBER void add(const Pixels& at, Mask<T> predicted) {
@@ -23,11 +23,12 @@ struct RowCounts {
     bad = count(bad, at.bad);
   }
 
-  AML_MEMBER void end_row(int64_t (*counts)[kLanes<T>]) const {
-    const Vector<LaneInt<T>> row[kCounts] = {kept, kept_target, intersection, union_, bad};
-    for (int i = 0; i < kCounts; ++i) {
-      for (int lane = 0; lane < kLanes<T>; ++lane) counts[i][lane] += row[i][lane];
-    }
+  AML_MEMBER void end_row(int64_t* counts) const {
+    counts[kKept] += total(kept);
+    counts[kKeptTarget] += total(kept_target);
+    counts[kIntersection] += total(intersection);
+    counts[kUnion] += total(union_);
+    counts[kBad] += total(bad);
   }
 };
 
@@ -58,9 +59,9 @@ struct RowSums<T, Target::Soft> {
     }
   }
 
-  static SampleSums<double> finish(const double* sum, const int64_t* number, const LossOptions<T>& options) {
+  static SampleSums<double> finish(const double* sum, const int64_t* counts, const LossOptions<T>& options) {
     const double negative = options.negative_weight, step = options.positive_weight - options.negative_weight;
-    return {negative * double(number[kKept]) + step * sum[2], sum[0], sum[1], sum[2], sum[3], 0, 0, 0, 0, 0};
+    return {negative * double(counts[kKept]) + step * sum[2], sum[0], sum[1], sum[2], sum[3], 0, 0, 0, 0, 0};
   }
 };
 
@@ -98,9 +99,9 @@ struct RowSums<T, Target::Label> {
     }
   }
 
-  static SampleSums<double> finish(const double* sum, const int64_t* number, const LossOptions<T>& options) {
+  static SampleSums<double> finish(const double* sum, const int64_t* counts, const LossOptions<T>& options) {
     const double negative = options.negative_weight, positive = options.positive_weight;
-    const double target = double(number[kKeptTarget]), rest = double(number[kKept]) - target;
+    const double target = double(counts[kKeptTarget]), rest = double(counts[kKept]) - target;
     return {negative * rest + positive * target, negative * sum[0] + positive * sum[1], sum[2] + sum[3], target, sum[3],
             0, 0, 0, 0, 0};
   }
