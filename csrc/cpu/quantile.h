@@ -40,6 +40,34 @@ inline void for_each_block(const QuantileCall<T>& call, int64_t sample, Visit vi
 inline int bit_width(uint32_t bits) { return bits ? 32 - __builtin_clz(bits) : 0; }
 inline int bit_width(uint64_t bits) { return bits ? 64 - __builtin_clzll(bits) : 0; }
 
+// Moves the keys whose digit is `bin` to the front and returns how many these are; `next` becomes the smallest one whose
+// digit is larger, if that is less.
+template <class Key>
+inline int64_t keep_bin(Key* keys, int64_t count, int shift, Key digit, Key bin, Key& next) {
+  int64_t i = 0, left = 0;
+#if defined(AML_AVX512)
+  if constexpr (sizeof(Key) == 4) {
+    const __m512i digits = _mm512_set1_epi32(int(digit)), bins = _mm512_set1_epi32(int(bin));
+    __m512i least = _mm512_set1_epi32(int(next));
+    for (; i + 16 <= count; i += 16) {
+      const __m512i key = _mm512_loadu_si512(keys + i), its_bin = _mm512_and_si512(_mm512_srli_epi32(key, shift), digits);
+      const __mmask16 chosen = _mm512_cmpeq_epi32_mask(its_bin, bins);
+      least = _mm512_mask_min_epu32(least, _mm512_cmpgt_epu32_mask(its_bin, bins), least, key);
+      _mm512_storeu_si512(keys + left, _mm512_maskz_compress_epi32(chosen, key));  // ends where `key` does, or before
+      left += __builtin_popcount(chosen);
+    }
+    next = _mm512_reduce_min_epu32(least);
+  }
+#endif
+  for (; i < count; ++i) {
+    const Key key = keys[i], its_bin = key >> shift & digit;
+    keys[left] = key;
+    left += its_bin == bin;
+    next = its_bin > bin && key < next ? key : next;
+  }
+  return left;
+}
+
 // The keys at `place` and `place + 1` in the order of `keys`, which are overwritten: eleven bits at a time.
 template <class Key>
 struct Selected {
@@ -73,14 +101,7 @@ Selected<Key> select(Key* keys, int64_t count, int64_t place) {
       if (place < in_bin) break;
       place -= in_bin;
     }
-    int64_t left = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const Key key = keys[i], its_bin = key >> shift & digit;
-      keys[left] = key;
-      left += its_bin == bin;
-      next = its_bin > bin && key < next ? key : next;  // all keys here agree above `shift`
-    }
-    count = left;
+    count = keep_bin(keys, count, shift, digit, bin, next);  // all keys here agree above `shift`
   }
   return {keys[0], place + 1 < count ? keys[0] : next};
 }
