@@ -20,6 +20,12 @@ from . import _backend
 
 LIBRARY = torch.library.Library("aml_kernels", "DEF")
 
+# What is_traced asks, found once: looking it up takes half the time of asking.
+_is_compiling = torch.compiler.is_compiling
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch.utils._python_dispatch._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class Operator:
     """An operator under its two names, with what it returns for tensors without data.
@@ -143,12 +149,12 @@ def once_only(operator: Operator) -> None:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether the call is recorded or transformed, so that it has to be seen by the dispatcher."""
-    return (
-        torch.compiler.is_compiling()
-        or any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors)
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
-    )
+    if _is_compiling() or _transforms() is not None or _modes() > 0:
+        return True
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return True
+    return False
 
 
 def _tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

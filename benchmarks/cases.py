@@ -69,7 +69,7 @@ class Workload:
         def forward_backward():
             outputs = provider(*given)
             gradients = torch.autograd.grad(outputs[0], leaves, self.grad_output)
-            return (*(output.detach() for output in outputs), *gradients)
+            return (*(x.detach() if x.requires_grad else x for x in outputs), *gradients)
 
         return forward_backward
 
