@@ -111,13 +111,17 @@ struct Block {
       : features(tile.features), stride(tile.pixels), pixels(tile.used(count)), copies(tile.features), copies_stride(tile.pixels) {
     const Plane& v = call.visual;
     in_place = v.type == native_type<T> && v.column_stride == 1 && linear(v);
-    if (in_place) {
-      pixels = count / kLanes<T> * kLanes<T>;
-      features = (const T*)v.data + sample * v.sample_stride + channel * call.channel_stride + first;
-      stride = call.channel_stride;
+    if (!in_place) {
+      copy_features(call, sample, channel, size, first, count, tile.features);
+      return;
     }
-    const int64_t done = in_place ? pixels : 0;
-    if (done < count) copy_features(call, sample, channel, size, first + done, count - done, tile.features + done);
+    pixels = count / kLanes<T> * kLanes<T>;
+    features = (const T*)v.data + sample * v.sample_stride + channel * call.channel_stride + first;
+    stride = call.channel_stride;
+    if (pixels == count) return;
+    for (int64_t c = 0; c < size; ++c) {
+      store(tile.features + c * tile.pixels + pixels, load_first(features + c * stride + pixels, count - pixels));
+    }
   }
   AML_MEMBER const T* row(int64_t channel, int64_t i) const {  // from pixel i of the tile on
     return i < pixels ? features + channel * stride + i : copies + channel * copies_stride + i;
@@ -192,7 +196,7 @@ inline void multiply_strip(const T* features, int64_t stride, int64_t channels, 
   Vector<T> sum[N] = {};
   for (int64_t c = 0; c < channels; ++c) {
     const Vector<T> v = load(features + c * stride);
-    if (prefetch) __builtin_prefetch(features + c * stride + prefetch);
+    if (prefetch) __builtin_prefetch(features + c * stride + prefetch, 0, 2);  // to the L2 cache: L1 is full
     for (int j = 0; j < N; ++j) sum[j] = multiply_add(v, spread(words[c * word_stride + j]), sum[j]);
   }
   for (int j = 0; j < N; ++j) store(score + j * score_stride, load(score + j * score_stride) + sum[j]);

@@ -46,6 +46,19 @@ AML_INLINE Vector<T> load(const T* from) {
 }
 template <class T>
 AML_INLINE void store(T* to, Vector<T> v) { __builtin_memcpy(to, &v, sizeof(v)); }
+// The first `count` elements, and zeros: nothing behind them is touched.
+#if defined(AML_AVX512)
+AML_INLINE Vector<float> load_first(const float* from, int64_t count) { return (Vector<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from); }
+AML_INLINE Vector<double> load_first(const double* from, int64_t count) { return (Vector<double>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from); }
+#else
+template <class T>
+AML_INLINE Vector<T> load_first(const T* from, int64_t count) {
+  Vector<T> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+}
+#endif
+
 #if defined(AML_AVX512)
 AML_INLINE float horizontal_sum(Vector<float> v) { return _mm512_reduce_add_ps((__m512)v); }
 AML_INLINE double horizontal_sum(Vector<double> v) { return _mm512_reduce_add_pd((__m512d)v); }
