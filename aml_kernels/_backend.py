@@ -67,13 +67,16 @@ def choose(backend: str | None, device: torch.device, **tensors: Tensor | None) 
     tensors: the arguments that may be fp64, which only `reference` and `cpu` take.
     """
     asked = backend or FORCED
-    chosen = default(device.type) if asked is None else asked
-    if chosen not in BACKENDS:
-        source = "AML_KERNELS_BACKEND" if backend is None else "backend"
-        raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))} or None, got {chosen!r}")
-    reason = missing(chosen, device.type)
-    if reason is not None:
-        raise RuntimeError(f"backend {chosen!r} was asked for and cannot run: {reason}")
+    if asked is None:
+        chosen = default(device.type)
+    else:
+        chosen = asked
+        if chosen not in BACKENDS:
+            source = "AML_KERNELS_BACKEND" if backend is None else "backend"
+            raise ValueError(f"{source}: expected one of {', '.join(map(repr, BACKENDS))} or None, got {chosen!r}")
+        reason = missing(chosen, device.type)
+        if reason is not None:
+            raise RuntimeError(f"backend {chosen!r} was asked for and cannot run: {reason}")
     if chosen in WITHOUT_FP64:
         for name, tensor in tensors.items():
             if tensor is None or tensor.dtype != torch.float64:

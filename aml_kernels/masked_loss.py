@@ -147,7 +147,7 @@ def check_class_weight(class_weight: tuple[float, float]) -> tuple[float, float]
 
 def unpack_stats(sums: Tensor, counts: Tensor) -> MaskedLossStats:
     """Columns of the operators' second and third output; see `SampleSums` in csrc/common/loss.h."""
-    threshold, bce, dice = sums[:, :3].unbind(1)
+    threshold, bce, dice, *_ = sums.unbind(1)
     kept, kept_target, intersection, union = counts.unbind(1)
     return MaskedLossStats(threshold, kept, kept_target, intersection, union, bce, dice)
 
