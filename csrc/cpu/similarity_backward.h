@@ -96,6 +96,7 @@ inline void best_feature_gradient(const Tile<T>& tile, const Block<T>& block, in
         Vector<T> of_word = __builtin_shuffle(low[c], high[c], word);
         if (words > entries) of_word = word >= 0 && word < entries ? of_word : Vector<T>{};
         T* out = gradient.row(channel + c, i);
+        __builtin_prefetch(gradient.row(channel + c + M, i), 0, 2);  // what is written is in the L2 cache by then
         const Vector<T> others = first == 0 ? along * load(block.row(channel + c, i)) : load(out);
         store(out, multiply_add(coefficient, of_word, others));
       }
