@@ -80,6 +80,9 @@ def verdict(results: dict[str, Any]) -> list[str]:
     if better or worse:
         parts = [f"{word} on {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
         lines = [f"{what} came out {' and '.join(parts)} than the loss over all pixels (none)."]
+    elif moved := [c for c in CONDITIONS if _is_resolved(gains[c])]:
+        where = ", ".join(f"{100 * gains[c]['mIoU']:+.1f} on {c}" for c in moved)
+        lines = [f"{what} differs from the loss over all pixels (none) by less than another seed may: {where}."]
     else:
         lines = [f"{what} made no difference to the loss over all pixels (none) that this test can resolve."]
     for c in CONDITIONS:
