@@ -16,7 +16,7 @@ from aml.alignment import AlignmentLoss
 from aml.config import Config, ConfigError, load
 from aml.console import on_terminal
 from aml.data.dataset import RISDataset
-from aml.data.union import Annotations
+from aml.data.union import Annotations, open_dataset, shared_images
 from aml.models import RISModel
 from aml.ranks import Ranks
 
@@ -36,6 +36,27 @@ class Trained:
 
     def dataset(self, split: str) -> RISDataset:
         return assembly.build_dataset(self.settings, self.annotations, self.model, split, train=False)
+
+    def trained_on(self, split: str) -> str | None:
+        """A warning if images of the split were trained on: the data sets share photographs. None if not.
+
+        What the training split held is read beside the data that is evaluated; where it is not there, nothing is said.
+        """
+        trained, here = self.training.data, self.settings.data
+        if split == "train" or not trained.root:
+            return None
+        try:
+            annotations = open_dataset(here.root, trained.dataset, trained.split_by, here.images, trained.field)
+            shared, images = shared_images(annotations, self.annotations, split)
+        except (OSError, ValueError):
+            return None
+        if not shared:
+            return None
+        return (
+            f"warning: {shared} of the {images} images of {self.annotations.name} {split} are in the training split of "
+            f"{annotations.name}, on which this checkpoint was trained: the figures are too high. A union that has "
+            "both as members trains on none of them"
+        )
 
     def evaluate(self, dataset: RISDataset, ranks: Ranks, judge_map: bool = True) -> dict[str, Any] | None:
         """An evaluation as `aml.stored` keeps it, on rank 0; None on the others. Collective.

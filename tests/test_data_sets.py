@@ -22,7 +22,7 @@ from aml.data.convert import convert
 from aml.data.dataset import RISDataset
 from aml.data.refer import ReferDataset
 from aml.data.segmentation import decode_segmentation, segmentation_area
-from aml.data.union import UNION, UnionDataset, open_dataset, read_skip_list
+from aml.data.union import UNION, UnionDataset, open_dataset, read_skip_list, shared_images
 
 RIGHT = [[6.0, 1.0, 9.0, 1.0, 9.0, 5.0, 6.0, 5.0]]
 LEFT_MASK, RIGHT_MASK = (decode_segmentation(s, 8, 10) for s in (SQUARE, RIGHT))
@@ -264,8 +264,11 @@ def test_a_partition_holds_out_images_of_a_union_where_it_is_a_member(tmp_path):
         "refcocog(umd)": {2: "train", 3: "train"}, "refcocog(google)": {1: "train", 2: "val", 3: "train"},
     }
     root = write_union(tmp_path, places)
-    for name, images in (("union", {1, 2, 3}), (f"{UNION},refcocog(google)", {1, 3})):
-        assert {e.image_id for e in open_dataset(root, name).expressions("train")} == images
+    google = open_dataset(root, "refcocog(google)")
+    for name, images, shared in (("union", {1, 2, 3}, 1), (f"{UNION},refcocog(google)", {1, 3}, 0)):
+        trained = open_dataset(root, name)
+        assert {e.image_id for e in trained.expressions("train")} == images
+        assert shared_images(trained, google, "val") == (shared, 1)
 
 
 @given(st.data())

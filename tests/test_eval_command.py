@@ -47,6 +47,17 @@ def evaluated(place):
     return stored.folder_of(checkpoint.resolve(place / "run"))
 
 
+def test_images_that_were_trained_on_are_said(place, capsys):
+    for folder, held_out, said in (("apart", 2, False), ("shared", 1, True)):
+        refs = [ref(i, split, image_id=image, ann_id=i) for i, split, image in ((1, "train", 1), (2, "val", held_out))]
+        annotations = [annotation(each["ann_id"], image_id=each["image_id"]) for each in refs]
+        data = write_refer(place / folder, refs, annotations, files=[(1, "1.png"), (2, "2.png")])
+        words = ["--checkpoint", str(place / "run"), "--data", str(data), "--out", str(place / f"{folder}-results")]
+        assert cli.main(["eval", *words]) == 0
+        warning = "warning: 1 of the 1 images of refcoco(unc) val are in the training split of refcoco(unc)"
+        assert (warning in capsys.readouterr().err) == said
+
+
 def test_all_are_all_but_train(evaluated):
     assert evaluated.parent.name == "evaluations" and evaluated.name == "step-00000040"
     sizes = {"val": 1, "testA": 3 + 7, "testB": 5 + 7}  # REFER's testAB belongs to both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
             require_writable(out)
         found = []
         for dataset in datasets:
+            if team.is_main and (warning := subject.trained_on(dataset.split)):
+                print(warning, file=sys.stderr, flush=True)
             evaluation = subject.evaluate(dataset, team)
             if evaluation is not None:
                 print(f"{evaluation['dataset']} {dataset.split}\n{_table(evaluation['metrics'])}")

@@ -130,6 +130,10 @@ class ReferDataset:
         """By which an image is recognised in another data set: its file, or its COCO number in the same folder."""
         return (self.image_folder, self._images[image_id]["file_name"]), (self.image_folder, image_id)
 
+    def images_of(self, split: str) -> set[tuple[Hashable, Hashable]]:
+        """`image_keys` of the images of a split."""
+        return {self.image_keys(expression.image_id) for expression in self.expressions(split)}
+
     def training_images(self) -> set[int]:
         """Ids of the images of split "train"."""
         return {ref["image_id"] for ref in self._refs if ref["split"] == "train"}

@@ -40,6 +40,8 @@ class Annotations(Protocol):
 
     def expressions(self, split: str) -> list[Expression]: ...
 
+    def images_of(self, split: str) -> set[tuple[Hashable, Hashable]]: ...
+
     def mask(self, expression: Expression) -> np.ndarray: ...
 
 
@@ -82,8 +84,14 @@ class UnionDataset:
             for expression in expressions
         ]
 
+    def images_of(self, split: str) -> set[tuple[Hashable, Hashable]]:
+        return {self._member(expression).image_keys(expression.image_id) for expression in self.expressions(split)}
+
     def mask(self, expression: Expression) -> np.ndarray:
-        return self.members[expression.sample_id.partition("/")[0]].mask(expression)
+        return self._member(expression).mask(expression)
+
+    def _member(self, expression: Expression) -> ReferDataset:
+        return self.members[expression.sample_id.partition("/")[0]]
 
     def _without_held_out(self, found: dict[str, list[Expression]]) -> dict[str, list[Expression]]:
         held_out = set[Hashable]().union(*(member.held_out_images() for member in self.members.values()))
@@ -119,6 +127,13 @@ def open_dataset(
     if split_by:
         raise ValueError(f"split_by={split_by!r}: for several data sets it is part of the name, as in {UNION}")
     return UnionDataset([ReferDataset(root, name, own, images, field, skip) for name, own in parts])
+
+
+def shared_images(trained: Annotations, evaluated: Annotations, split: str) -> tuple[int, int]:
+    """How many images of `split` of `evaluated` are in the training split of `trained`, and how many it has."""
+    known = {key for keys in trained.images_of("train") for key in keys}
+    images = evaluated.images_of(split)
+    return sum(not known.isdisjoint(keys) for keys in images), len(images)
 
 
 def read_skip_list(path: str | Path) -> list[str]:

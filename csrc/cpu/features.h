@@ -91,9 +91,11 @@ inline void copy_features(const SimilarityCall<T>& call, int64_t sample, int64_t
   for (int64_t i = 0; i < count;) {  // a row of the grid, or all rows as if they were one
     const int64_t columns = linear(v) ? v.rows * v.columns : v.columns, y = (first + i) / columns, x = (first + i) % columns;
     const int64_t run = count - i < columns - x ? count - i : columns - x;
+    const bool more = channel + 2 * kChannelBlock <= call.channels && v.column_stride == 1;
     for (int64_t c = 0; c < size; ++c) {
-      read(v.data, v.type, base + c * call.channel_stride + y * v.row_stride + x * v.column_stride, v.column_stride, run,
-           buffer + c * pixels + i);
+      const int64_t at = base + c * call.channel_stride + y * v.row_stride + x * v.column_stride;
+      if (more) prefetch(v.data, v.type, at + kChannelBlock * call.channel_stride, run);
+      read(v.data, v.type, at, v.column_stride, run, buffer + c * pixels + i);
     }
     i += run;
   }

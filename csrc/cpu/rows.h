@@ -65,6 +65,13 @@ inline void write(const T* values, int64_t count, void* data, Type type, int64_t
 template <class T>
 constexpr Type native_type = sizeof(T) == 4 ? Type::f32 : Type::f64;
 
+// Asks for `count` elements to be brought to the L2 cache.
+inline void prefetch(const void* data, Type type, int64_t offset, int64_t count) {
+  const int64_t size = type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2;
+  const char* from = (const char*)data + offset * size;
+  for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Columns [first, first + count) of a row: in place where they are T next to each other, else through `buffer`.
 template <class T>
 inline const T* read_row(const Plane& plane, int64_t sample, int64_t row, int64_t first, int64_t count, T* buffer) {
