@@ -8,10 +8,15 @@ namespace aml::cpu {
 namespace {
 
 constexpr int64_t kChannelBlock = 32;
-constexpr int kWordBlock = 8, kLastWordBlock = 4;
+constexpr int kWordStep = 4;
+#if defined(AML_AVX512)
+constexpr int kWordBlock = 24;  // words at a time: so many sums, a feature and its square stay in registers
+#else
+constexpr int kWordBlock = 12;
+#endif
 constexpr double kSmallestNorm = 1e-12;  // as in aml_kernels/reference/similarity.py
 
-inline int64_t padded_words(int64_t words) { return (words + kLastWordBlock - 1) / kLastWordBlock * kLastWordBlock; }
+inline int64_t padded_words(int64_t words) { return (words + kWordStep - 1) / kWordStep * kWordStep; }
 
 // Scratch of one tile. Rows of pixels are `tile_pixels` long; the last vector of a sample is padded with zeros.
 template <class T>
@@ -190,18 +195,34 @@ int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* pan
   return words;
 }
 
-// A block of channels of kLanes pixels times N words; sums of a block are added up apart, which halves the
-// digits lost in long sums.
+// A block of channels of kLanes pixels times N words, and times themselves; sums of a block are added up apart, which
+// halves the digits lost in long sums.
 template <int N, class T>
 inline void multiply_strip(const T* features, int64_t stride, int64_t channels, const T* words, int64_t word_stride,
-                           int64_t prefetch, T* score, int64_t score_stride) {
-  Vector<T> sum[N] = {};
+                           int64_t prefetch, T* score, int64_t score_stride, T* square) {
+  Vector<T> sum[N] = {}, squares = {};
   for (int64_t c = 0; c < channels; ++c) {
     const Vector<T> v = load(features + c * stride);
     if (prefetch) __builtin_prefetch(features + c * stride + prefetch, 0, 2);  // to the L2 cache: L1 is full
+#pragma GCC unroll 24
     for (int j = 0; j < N; ++j) sum[j] = multiply_add(v, spread(words[c * word_stride + j]), sum[j]);
+    squares = multiply_add(v, v, squares);
   }
+#pragma GCC unroll 24
   for (int j = 0; j < N; ++j) store(score + j * score_stride, load(score + j * score_stride) + sum[j]);
+  if (square) store(square, load(square) + squares);
+}
+
+template <class T>
+using MultiplyStrip = void (*)(const T*, int64_t, int64_t, const T*, int64_t, int64_t, T*, int64_t, T*);
+
+// That for `words` words, at most kWordBlock.
+template <class T, int N = kWordBlock>
+inline MultiplyStrip<T> choose_multiply_strip(int64_t words) {
+  if constexpr (N > kWordStep) {
+    if (words < N) return choose_multiply_strip<T, N - kWordStep>(words);
+  }
+  return multiply_strip<N, T>;
 }
 
 // Dot products of a tile with all words, and the factor that turns them into cosines (1 if not normalised).
@@ -209,6 +230,7 @@ template <class T>
 inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* panel, int64_t words, int64_t first,
                         int64_t count, Tile<T>& tile) {
   const int64_t padded = padded_words(words), pixels = tile.pixels, used = tile.used(count);
+  const MultiplyStrip<T> last = choose_multiply_strip<T>(padded % kWordBlock);
   for (int64_t j = 0; j < padded; ++j) {
     for (int64_t i = 0; i < used; ++i) tile.score[j * pixels + i] = 0;
   }
@@ -223,20 +245,11 @@ inline void tile_scores(const SimilarityCall<T>& call, int64_t sample, const T* 
       const int64_t stride = here ? block.stride : block.copies_stride;
       // In place, the next block of channels is fetched while this one is multiplied.
       const int64_t prefetch = more && here && block.in_place ? kChannelBlock * stride : 0;
-      for (int64_t j = 0; j < padded;) {
-        const bool whole = j + kWordBlock <= padded;
-        const auto multiply = whole ? multiply_strip<kWordBlock, T> : multiply_strip<kLastWordBlock, T>;
+      for (int64_t j = 0; j < padded; j += kWordBlock) {
+        const auto multiply = j + kWordBlock <= padded ? multiply_strip<kWordBlock, T> : last;
         multiply(features, stride, size, panel + channel * padded + j, padded, j == 0 ? prefetch : 0,
-                 tile.score + j * pixels + i, pixels);
-        j += whole ? kWordBlock : kLastWordBlock;
+                 tile.score + j * pixels + i, pixels, j == 0 ? tile.factor + i : nullptr);
       }
-      if (!call.normalize) continue;
-      Vector<T> square = {};
-      for (int64_t c = 0; c < size; ++c) {
-        const Vector<T> v = load(features + c * stride);
-        square = multiply_add(v, v, square);
-      }
-      store(tile.factor + i, load(tile.factor + i) + square);
     }
   }
   for (int64_t i = 0; i < used; ++i) {

@@ -1,5 +1,5 @@
 // The loops of pixel_text_similarity. A tile of pixels is multiplied with all words, 32 channels at a time: vectors run
-// along the pixels, and eight or four words at a time stay in registers. The gradient is in similarity_backward.h.
+// along the pixels, and the sums of up to 24 words stay in registers. The gradient is in similarity_backward.h.
 #pragma once
 
 #include "similarity_backward.h"
