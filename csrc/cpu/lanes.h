@@ -99,12 +99,7 @@ template <class T> AML_INLINE Lanes<T> select(Mask<T> m, Lanes<T> a, Lanes<T> b)
 template <class T> AML_INLINE Lanes<T> larger(Lanes<T> a, Lanes<T> b) { return a.v > b.v ? a.v : b.v; }
 template <class T> using Tally = Vector<LaneInt<T>>;
 template <class T> AML_INLINE Tally<T> count(Tally<T> n, Mask<T> m) { return n - m.bits; }
-template <class V>
-AML_INLINE int64_t total(V n) {
-  int64_t sum = 0;
-  for (size_t lane = 0; lane < sizeof(n) / sizeof(n[0]); ++lane) sum += n[lane];
-  return sum;
-}
+template <class V> AML_INLINE int64_t total(V n) { return horizontal_sum(n); }
 // `a`, with b added (a * b added to c, the sign changed) where `m` says so.
 template <class T> AML_INLINE Lanes<T> add_where(Mask<T> m, Lanes<T> a, Lanes<T> b) { return select(m, a + b, a); }
 template <class T> AML_INLINE Lanes<T> multiply_add_where(Mask<T> m, Lanes<T> a, Lanes<T> b, Lanes<T> c) { return select(m, multiply_add(a, b, c), c); }
