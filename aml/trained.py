@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -38,25 +39,34 @@ class Trained:
         return assembly.build_dataset(self.settings, self.annotations, self.model, split, train=False)
 
     def trained_on(self, split: str) -> str | None:
-        """A warning if images of the split were trained on: the data sets share photographs. None if not.
-
-        What the training split held is read beside the data that is evaluated; where it is not there, nothing is said.
-        """
-        trained, here = self.training.data, self.settings.data
-        if split == "train" or not trained.root:
+        """A warning if images of the split were trained on: the data sets share photographs. None if not."""
+        known = self._training_annotations
+        if known is None or split == "train":
             return None
         try:
-            annotations = open_dataset(here.root, trained.dataset, trained.split_by, here.images, trained.field)
-            shared, images = shared_images(annotations, self.annotations, split)
-        except (OSError, ValueError):
+            shared, images = shared_images(known, self.annotations, split)
+        except (OSError, ValueError):  # of a union: images are missing, or none is left to train on
             return None
         if not shared:
             return None
         return (
             f"warning: {shared} of the {images} images of {self.annotations.name} {split} are in the training split of "
-            f"{annotations.name}, on which this checkpoint was trained: the figures are too high. A union that has "
+            f"{known.name}, on which this checkpoint was trained: the figures are too high. A union that has "
             "both as members trains on none of them"
         )
+
+    @functools.cached_property
+    def _training_annotations(self) -> Annotations | None:
+        """The data set that was trained on, as it lies beside the evaluated data; None where it does not."""
+        trained, here = self.training.data, self.settings.data
+        if not trained.root:
+            return None
+        if (trained.dataset, trained.split_by) == (here.dataset, here.split_by):
+            return self.annotations
+        try:
+            return open_dataset(here.root, trained.dataset, trained.split_by, here.images, trained.field)
+        except (OSError, ValueError):
+            return None
 
     def evaluate(self, dataset: RISDataset, ranks: Ranks, judge_map: bool = True) -> dict[str, Any] | None:
         """An evaluation as `aml.stored` keeps it, on rank 0; None on the others. Collective.

@@ -271,6 +271,13 @@ def test_a_partition_holds_out_images_of_a_union_where_it_is_a_member(tmp_path):
         assert shared_images(trained, google, "val") == (shared, 1)
 
 
+def test_images_are_shared_although_the_photographs_of_the_training_are_not_there(tmp_path):
+    root = write_union(tmp_path, {"refcoco(unc)": {1: "train", 2: "train"}, "refcoco+(unc)": {2: "val", 3: "val"}})
+    for photograph in ("1.png", "2.png"):
+        next(root.rglob(photograph)).unlink()
+    assert shared_images(open_dataset(root, "refcoco"), open_dataset(root, "refcoco+"), "val") == (1, 2)
+
+
 @given(st.data())
 @settings(max_examples=25)
 def test_no_union_leaks(tmp_path_factory, data):

@@ -123,7 +123,7 @@ def leaks(reports: Iterable[Report]) -> list[str]:
     held_out = {data.name: data.held_out_images() for data in found}
     lines = []
     for one in found:
-        trained = [one.image_keys(image_id) for image_id in one.training_images()]
+        trained = one.images_of("train")
         shared = {name: sum(not keys.isdisjoint(own) for own in trained) for name, keys in held_out.items()}
         del shared[one.name]
         if any(shared.values()):

@@ -131,8 +131,8 @@ class ReferDataset:
         return (self.image_folder, self._images[image_id]["file_name"]), (self.image_folder, image_id)
 
     def images_of(self, split: str) -> set[tuple[Hashable, Hashable]]:
-        """`image_keys` of the images of a split."""
-        return {self.image_keys(expression.image_id) for expression in self.expressions(split)}
+        """`image_keys` of the images of a split, as in `expressions`, whether or not they are there."""
+        return {self.image_keys(ref["image_id"]) for ref in self._refs if refs.in_split(ref["split"], split)}
 
     def training_images(self) -> set[int]:
         """Ids of the images of split "train"."""
