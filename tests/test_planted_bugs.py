@@ -39,12 +39,20 @@ BUGS = {
         "plain", "quantile, one block", WRONG,
     ),
     "missing barrier before memory is used again": Bug(
-        "similarity", "similarity.cuh", "__syncthreads();  // the block before is done with, and this one is here", "",
+        "similarity", "comparison.cuh", "__syncthreads();  // all pipelines are done with", "",
         "plain", "similarity of many words", WRONG,
     ),
     "copies that nobody waits for": Bug(
-        "similarity", "similarity.cuh", "wait_for_copies<kAhead - 1>();", "",
+        "similarity", "comparison.cuh", "wait_for_copies<kStages - 2>();", "",
         "plain", "similarity of rows that begin anywhere, bf16", WRONG,
+    ),
+    "missing barrier of a warp": Bug(
+        "similarity", "comparison.cuh", "word.put(pipeline.words);\n      __syncwarp();",
+        "word.put(pipeline.words);", "races", "similarity of rows that begin anywhere, bf16", RACE,
+    ),
+    "missing barrier between histograms": Bug(
+        "quantile", "few_values.cuh", "}\n    __syncthreads();\n    const WarpBins all(bins);",
+        "}\n    const WarpBins all(bins);", "plain", "quantile of few", WRONG,
     ),
     "missing barrier before copies are read": Bug(
         "similarity", "similarity_backward.cuh",
@@ -52,10 +60,12 @@ BUGS = {
         "races", "similarity of rows that begin anywhere, bf16", RACE,
     ),
     "copies into memory that is still read": Bug(
-        "similarity", "similarity.cuh",
-        "features.put(slot, first, tile.features);\n    words.put(tile.words);\n    __syncthreads();",
-        "features.put(slot, first, tile.features);\n    words.put(tile.words);",
-        "plain", "similarity of rows that begin anywhere, bf16", WRONG,
+        "similarity", "comparison.cuh", "__syncwarp();  // this step's features are here, and the words and the features "
+        "before are done with", "", "plain", "similarity of rows that begin anywhere, bf16", WRONG,
+    ),
+    "copy beyond the end of a tensor": Bug(
+        "similarity", "comparison.cuh", "const bool followed = c + 1 < call_.channels",
+        "const bool followed = c < call_.channels", "bounds", "similarity of rows that begin anywhere, fp32", "AddressSanitizer: heap-buffer-overflow",
     ),
     "histogram without atomics": Bug(
         "quantile", "selection.cuh", "atomicAdd(&s.bins[other >> shift & digit], 1u);",
@@ -97,7 +107,7 @@ BUGS = {
         "plain", "quantile, one block", "divergent barrier: others wait at selection.cuh",
     ),
     "lanes missing from a mask": Bug(
-        "similarity", "features.cuh", "__ballot_sync(kAllLanes, call.is_word", "__ballot_sync(0xFFFFu, call.is_word",
+        "similarity", "comparison.cuh", "__ballot_sync(kAllLanes, call.is_word", "__ballot_sync(0xFFFFu, call.is_word",
         "plain", "similarity along cells", "the mask does not name the calling lane",
     ),
     "shared memory that nobody has set": Bug(

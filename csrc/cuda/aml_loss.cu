@@ -22,9 +22,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aml_loss(
   set_pixels(call.loss, logits, target, filtered ? plane(similarity) : Plane{}, valid, protect_target);
   set_loss(call.loss, memory, logits, map_valid, {thresholds, threshold, quantile, rank_in_fp64},
            {bce_weight, dice_weight, negative_weight, positive_weight, smooth}, reduction);
-  memory.scratch = empty(logits, {prepare_aml_loss(call)}, ScalarType::Byte);
-  require_launched(launch_aml_loss(call, memory.scratch.mutable_data_ptr(), stream), "aml_loss",
-                   {{"logits", &logits}, {"target", &target}, {"visual", &visual}, {"text", &text}});
+  const cudaError_t error = with_float_tag(call.similarity.visual.type, [&](auto tag) {
+    using T = decltype(tag);
+    memory.scratch = empty(logits, {prepare_aml_loss<T>(call)}, ScalarType::Byte);
+    return launch_aml_loss<T>(call, memory.scratch.mutable_data_ptr(), stream);
+  });
+  require_launched(error, "aml_loss", {{"logits", &logits}, {"target", &target}, {"visual", &visual}, {"text", &text}});
   return {memory.loss, memory.sums, memory.counts, similarity};
 }
 

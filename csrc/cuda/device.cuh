@@ -199,17 +199,17 @@ __device__ __forceinline__ void prefetch(const void* line) {
 #endif
 }
 
-// Copies from global to shared memory while the thread goes on: 16 bytes, of which only the first `bytes` are read and the
-// rest is zero. Both addresses are aligned to 16 bytes. What a thread copies up to commit_copies() is a group, and
-// wait_for_copies<n>() waits for all its groups but the n last; others see it behind a barrier.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+// Copies 16 bytes from global to shared memory while the thread goes on; both addresses are aligned to that. What a thread
+// copies up to commit_copies() is a group, and wait_for_copies<n>() waits for all its groups but the n last; others see it
+// behind a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if defined(__CUDA_ARCH__)
   const unsigned shared = unsigned(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 #elif defined(AML_EMULATED)
-  emulation::copy_async(to, from, bytes);
+  emulation::copy_async(to, from);
 #else
-  (void)to, (void)from, (void)bytes;
+  (void)to, (void)from;
 #endif
 }
 __device__ __forceinline__ void commit_copies() {

@@ -11,7 +11,7 @@
 namespace aml::cuda {
 
 constexpr int kSimilarityThreads = 256;
-constexpr int kTileCells = 64, kTileChannels = 64;
+constexpr int kBlockCells = 64, kBlockChannels = 64;
 constexpr int kTileWords = 32;  // real words compared in one reading; there are more in few sentences
 constexpr int kRow = 64 + 4;    // of shared arrays: rows lie 4 banks apart, and stay aligned to 16 bytes
 
@@ -34,20 +34,32 @@ struct SimilarityCall {
   float scale;
 
   // Set by prepare().
-  int channels, words, columns, cells, tiles;
+  int channels, words, columns, cells;
   Reading reading;
-  bool linear;  // cells are column_stride apart, also from one row to the next
+  bool linear;       // cells are column_stride apart, also from one row to the next
+  bool text_packed;  // words begin with 16 bytes, and their channels lie side by side
 
   // False if a sample has more cells, words or channels than an int counts.
   bool prepare() {
-    constexpr int64_t most = (int64_t(1) << 31) - 2 * kTileCells;
+    constexpr int64_t most = (int64_t(1) << 31) - 2 * kBlockCells;
     if (visual.rows * visual.columns > most || text.rows > most || channel_count > most) return false;
     channels = int(channel_count), words = int(text.rows), columns = int(visual.columns);
     cells = int(visual.rows * visual.columns);
-    tiles = (cells + kTileCells - 1) / kTileCells;
     linear = visual.rows == 1 || visual.row_stride == visual.columns * visual.column_stride;
     reading = widest_reading();
+    const int64_t width = text.type == Type::f32 ? 4 : 8;
+    text_packed = text.column_stride == 1 && reinterpret_cast<uintptr_t>(text.data) % 16 == 0 &&
+        text.sample_stride % width == 0 && text.row_stride % width == 0;
     return true;
+  }
+
+  // Blocks of so many cells in a sample.
+  __host__ __device__ int blocks_of(int block_cells) const { return (cells + block_cells - 1) / block_cells; }
+
+  __device__ int64_t offset_of(int cell) const {
+    if (linear) return cell * visual.column_stride;
+    const int y = int(unsigned(cell) / unsigned(columns)), x = cell - y * columns;
+    return y * visual.row_stride + x * visual.column_stride;
   }
 
   __device__ bool is_word(int sample, int word) const {
@@ -66,17 +78,26 @@ struct SimilarityCall {
   }
 };
 
+// Copies `elements` of them past the registers, at most a pack; the rest of the pack is zero. Nothing is read beyond them,
+// where the tensor may end. But a pack may begin before what is asked for: what shares 16 aligned bytes with a feature was
+// allocated with it.
+template <class T>
+__device__ __forceinline__ void copy_pack(T* to, const T* from, int elements) {
+  constexpr int kWidth = 16 / int(sizeof(T));
+  if (elements >= kWidth) return copy_async(to, from);
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) pack.value[i] = i < elements ? from[i] : from_float<T>(0);
+  store(to, pack);
+}
+
 // A block of features as they lie in memory: [channel][cell], or [cell][channel] where they are read along the channels.
 // A row has room for one pack more than a block is wide: it may begin within a pack.
 template <class T>
 struct RawFeatures {
   static constexpr int kWidth = 16 / int(sizeof(T));
-  // How many of them are on their way at once: 16 KB.
-  static constexpr int kAhead = kTileCells * kTileChannels * int(sizeof(T)) > 8192 ? 1 : 2;
-  alignas(16) T value[kTileChannels][kTileCells + kWidth];
+  alignas(16) T value[kBlockChannels][kBlockCells + kWidth];
 };
-constexpr int kRawBytes = 2 * sizeof(RawFeatures<bf16>);
-static_assert(kRawBytes >= sizeof(RawFeatures<float>), "holds what is on its way of either");
 
 template <class T>
 class FeatureBlock {
@@ -84,9 +105,6 @@ class FeatureBlock {
   using Raw = RawFeatures<T>;
   __device__ FeatureBlock(const SimilarityCall& call, int sample)
       : call_(call), data_(static_cast<const T*>(call.visual.data) + sample * call.visual.sample_stride) {}
-
-  // How many blocks ahead to fetch.
-  __device__ __forceinline__ int ahead() const { return call_.reading == Reading::single ? 1 : Raw::kAhead; }
 
   // Cells from `first` on, channels from `channel` on; zero where there are none. Single features are read to registers.
   __device__ __forceinline__ void fetch(Raw& raw, int first, int channel) {
@@ -97,19 +115,18 @@ class FeatureBlock {
     const T* from = data_ + cell * call_.visual.column_stride + c * call_.channel_stride;
     const int64_t step = kStep * (along_channels ? call_.visual.column_stride : call_.channel_stride);
     const int rows = along_channels ? call_.cells - cell : call_.channels - c;
-    const int inside = along_channels ? call_.channels - c : min(call_.cells, first + kTileCells) - cell;
+    const int inside = along_channels ? call_.channels - c : call_.cells - cell;
+    const bool one_more = call_.reading == Reading::shifted_cells && packed() == 0 && shift(first, other(0)) > 0;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int elements = i * kStep < rows ? inside : 0;
-      copy(&raw.value[other(i)][packed()], from + i * step, elements);
-      if (call_.reading == Reading::shifted_cells && packed() == 0) {
-        copy(&raw.value[other(i)][kTileCells], from + i * step + kTileCells, elements - kTileCells);
-      }
+      copy_pack(&raw.value[other(i)][packed()], from + i * step, elements);
+      if (one_more) copy_pack(&raw.value[other(i)][kBlockCells], from + i * step + kBlockCells, elements - kBlockCells);
     }
   }
 
   // Everything is loaded before anything is stored: one may be the other, as far as a compiler can tell.
-  __device__ __forceinline__ void put(const Raw& raw, int first, float (&features)[kTileChannels][kRow]) const {
+  __device__ __forceinline__ void put(const Raw& raw, int first, float (&features)[kBlockChannels][kRow]) const {
     switch (call_.reading) {
       case Reading::cells: return put_along_cells(packs(raw), features);
       case Reading::channels: return put_along_channels(packs(raw), features);
@@ -120,18 +137,12 @@ class FeatureBlock {
 
  private:
   static constexpr int kWidth = Raw::kWidth;
-  static constexpr int kPacks = kTileCells * kTileChannels / kSimilarityThreads / kWidth, kPacksAcross = kTileCells / kWidth;
-  static_assert(kTileCells == kTileChannels, "a pack lies along either");
+  static constexpr int kPacks = kBlockCells * kBlockChannels / kSimilarityThreads / kWidth, kPacksAcross = kBlockCells / kWidth;
+  static_assert(kBlockCells == kBlockChannels, "a pack lies along either");
   // What a thread moves: packs, or as many single features.
   struct Packs {
     Pack<T> pack[kPacks];
   };
-
-  // `elements` of them, at most a pack; the rest is zero. A pack may begin before its row: what shares 16 aligned bytes
-  // with a feature was allocated with it. It is not read beyond its row, which may be where the tensor ends.
-  static __device__ __forceinline__ void copy(T* to, const T* from, int elements) {
-    copy_async(to, from, max(0, min(elements, kWidth)) * int(sizeof(T)));
-  }
 
   // Which number of a pack is the first cell in that row of the block. Blocks begin with a multiple of kWidth channels.
   __device__ __forceinline__ int shift(int first, int row) const {
@@ -147,7 +158,7 @@ class FeatureBlock {
     return packs;
   }
   // A cell has one column in all channels of a pack, which lie within eight.
-  static __device__ __forceinline__ void put_along_cells(const Packs& packs, float (&features)[kTileChannels][kRow]) {
+  static __device__ __forceinline__ void put_along_cells(const Packs& packs, float (&features)[kBlockChannels][kRow]) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int column = feature_column(other(i), packed());
@@ -160,7 +171,7 @@ class FeatureBlock {
       }
     }
   }
-  static __device__ __forceinline__ void put_along_channels(const Packs& packs, float (&features)[kTileChannels][kRow]) {
+  static __device__ __forceinline__ void put_along_channels(const Packs& packs, float (&features)[kBlockChannels][kRow]) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int column = feature_column(packed(), other(i));
@@ -181,7 +192,7 @@ class FeatureBlock {
     }
     return singles;
   }
-  static __device__ __forceinline__ void put_singles(const Packs& singles, float (&features)[kTileChannels][kRow]) {
+  static __device__ __forceinline__ void put_singles(const Packs& singles, float (&features)[kBlockChannels][kRow]) {
 #pragma unroll
     for (int i = 0; i < kSingles; ++i) {
       const int column = feature_column(i * kSingleStep, single_cell());
@@ -192,7 +203,7 @@ class FeatureBlock {
   __device__ __forceinline__ void fetch_single(int first, int channel) {
     const int cell = first + single_cell(), c = channel + single_channel(0);
     const bool exists = cell < call_.cells;
-    const T* from = data_ + (exists ? offset_of(cell) : 0) + c * call_.channel_stride;
+    const T* from = data_ + (exists ? call_.offset_of(cell) : 0) + c * call_.channel_stride;
     const int left = exists ? call_.channels - c : 0;
     const int64_t step = kSingleStep * call_.channel_stride;
 #pragma unroll
@@ -201,100 +212,20 @@ class FeatureBlock {
     }
   }
 
-  __device__ int64_t offset_of(int cell) const {
-    if (call_.linear) return cell * call_.visual.column_stride;
-    const int y = int(unsigned(cell) / unsigned(call_.columns)), x = cell - y * call_.columns;
-    return y * call_.visual.row_stride + x * call_.visual.column_stride;
-  }
   // Where pack i of a thread lies in the block, along the packed axis and along the other one.
   static constexpr int kStep = kSimilarityThreads / kPacksAcross;
   static_assert(kStep % kWidth == 0, "all packs of a thread are shifted alike");
   static __device__ int packed() { return threadIdx.x % kPacksAcross * kWidth; }
   static __device__ int other(int i) { return threadIdx.x / kPacksAcross + i * kStep; }
   // The same for single features.
-  static constexpr int kSingleStep = kSimilarityThreads / kTileCells, kSingles = kTileCells * kTileChannels / kSimilarityThreads;
+  static constexpr int kSingleStep = kSimilarityThreads / kBlockCells, kSingles = kBlockCells * kBlockChannels / kSimilarityThreads;
   static_assert(2 * kSingleStep % kWidth == 0, "every other row of a thread is shifted alike");
-  static __device__ int single_cell() { return threadIdx.x % kTileCells; }
-  static __device__ int single_channel(int i) { return threadIdx.x / kTileCells + i * kSingleStep; }
+  static __device__ int single_cell() { return threadIdx.x % kBlockCells; }
+  static __device__ int single_channel(int i) { return threadIdx.x / kBlockCells + i * kSingleStep; }
 
   const SimilarityCall& call_;
   const T* data_;
   Packs singles_;  // as they lie in memory: converting, or taking apart, would wait for the load
-};
-
-// Lists the real words among [first, first + kTileWords) and returns how many there are. Ends with a barrier.
-__device__ inline int list_words(const SimilarityCall& call, int sample, int first, int32_t (&index)[kTileWords]) {
-  const int lane = threadIdx.x % kWarp;
-  const unsigned real = __ballot_sync(kAllLanes, call.is_word(sample, first + lane));
-  if (threadIdx.x < kWarp && (real >> lane & 1)) index[__popc(real & ((1u << lane) - 1))] = first + lane;
-  __syncthreads();
-  return __popc(real);
-}
-
-// A block of the listed words. Their squares are added up on the way.
-class WordBlock {
- public:
-  __device__ WordBlock(const SimilarityCall& call, int sample, const int32_t* index, int count)
-      : call_(call), index_(index), count_(count), sample_(sample) {}
-
-  __device__ __forceinline__ void fetch(int channel) {
-    const int c = channel + threadIdx.x % kWarp;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (i * kWarps >= count_) break;
-      const bool real = word(i) < count_;
-      const int64_t offset = real ? sample_ * call_.text.sample_stride + index_[word(i)] * call_.text.row_stride + c * call_.text.column_stride : 0;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        bits_[i][k] = real && c + k * kWarp < call_.channels ? load_bits(offset + k * kWarp * call_.text.column_stride) : 0;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void put(float (&words)[kTileChannels][kTileWords + 4]) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (i * kWarps >= count_) break;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float value = from_bits(bits_[i][k]);
-        square_[i] = multiply_add(value, value, square_[i]);
-        words[threadIdx.x % kWarp + k * kWarp][word(i)] = value;
-      }
-    }
-  }
-
-  __device__ void put_norms(float (&inverse_norm)[kTileWords]) const {
-    for (int i = 0; i < kOwn; ++i) {
-      const float square = warp_sum(square_[i]);
-      // NaN is no small number: it stays, and makes the word's scores NaN.
-      if (threadIdx.x % kWarp == 0) inverse_norm[word(i)] = square <= kSmallestSquare ? 0.0f : 1.0f / sqrtf(square);
-    }
-  }
-
- private:
-  static constexpr int kWarps = kSimilarityThreads / kWarp, kOwn = kTileWords / kWarps;  // words of a warp
-
-  static __device__ int word(int i) { return threadIdx.x / kWarp + i * kWarps; }
-  // As they lie in memory: converting would wait for the load.
-  __device__ uint32_t load_bits(int64_t offset) const {
-    return call_.text.type == Type::f32 ? static_cast<const uint32_t*>(call_.text.data)[offset]
-                                        : static_cast<const uint16_t*>(call_.text.data)[offset];
-  }
-  __device__ float from_bits(uint32_t bits) const {
-    switch (call_.text.type) {
-      case Type::f32: return bit_cast<float>(bits);
-      case Type::bf16: return bit_cast<float>(bits << 16);
-      default: return to_float(bit_cast<f16>(uint16_t(bits)));
-    }
-  }
-
-  const SimilarityCall& call_;
-  const int32_t* index_;
-  const int count_;
-  const int sample_;
-  uint32_t bits_[kOwn][2];
-  float square_[kOwn] = {};
 };
 
 }  // namespace aml::cuda

@@ -2,8 +2,9 @@
 //
 // The image is cut in items, a thread's work, and strips of 32 items, a warp's. Strips are divided among as many blocks
 // as the device runs at once, in one run each, so that a block meets one or two samples, whose thresholds it finds by
-// itself: maps are small, and nobody has to wait. (Long maps are shared by teams of blocks.) The sums of each strip go to
-// memory; behind a barrier one block per sample adds them up in order, and the last of these blocks adds the samples.
+// itself before its warps take the strips of both: maps are small, and nobody has to wait. (Long maps are shared by teams
+// of blocks.) The sums of each strip go to memory; behind a barrier one block per sample adds them up in order, and the
+// last of these blocks adds the samples.
 //
 // The barrier is that of a cooperative launch, because its counter is set up by the driver: nothing has to be zeroed
 // before the launch, and a captured graph can be replayed. Blocks behind the barrier may be of any sample. A cluster,
@@ -74,6 +75,15 @@ struct MapValues {
   const Plane& valid;
   int64_t sample;
 
+  __device__ int64_t count() const { return map.rows * map.columns; }
+
+  __device__ __forceinline__ bool load_key(int64_t i, uint32_t& key) const {
+    if (i >= count()) return false;
+    const uint32_t y = uint32_t(i) / uint32_t(map.columns), x = uint32_t(i) - y * uint32_t(map.columns);
+    key = selection_key(load_element(map, sample, y, x));
+    return !valid.data || load_element(valid, sample, y, x) != 0;
+  }
+
   template <class F>
   __device__ __forceinline__ void visit(int64_t first, int64_t threads, F f) const {
     int64_t y = first / map.columns, x = first - y * map.columns;
@@ -86,14 +96,18 @@ struct MapValues {
   }
 };
 
-// By all threads of the block; of all blocks where they are teams.
-template <bool kTeams, class Values>
-__device__ __forceinline__ float find_limit(const LossCall& call, const Values& values, int64_t sample, Selection& selection) {
+// By all threads of the block; of all blocks where they are teams. Calls meanwhile() where there is a search.
+template <bool kTeams, class Values, class F>
+__device__ __forceinline__ float find_limit(const LossCall& call, const Values& values, int64_t sample, Selection& selection, F meanwhile) {
   const Limit& limit = call.limit;
   if (limit.thresholds) return limit.thresholds[sample * limit.threshold_stride];
   if (!limit.by_quantile) return limit.threshold;
+  if (values.count() <= kLossThreads * kFewPerThread) {
+    return quantile_of_few<kLossThreads>(values, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection, meanwhile);
+  }
+  meanwhile();
   if constexpr (!kTeams) {
-    return block_quantile<kLossThreads>(values, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
+    return team_quantile<kLossThreads>(values, OneBlock{}, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
   }
   LimitTeam team{nullptr, 0, 1};
   if (call.teams) {
@@ -106,24 +120,16 @@ __device__ __forceinline__ float find_limit(const LossCall& call, const Values& 
 
 // ---- strips
 
-// What is left of a block's strips: `strips` of them, from one of a sample on.
+// What is left of a block's strips, which are numbered through all samples.
 struct StripRun {
-  int sample, strip, strips;
+  int begin, end;
 
   StripRun() = default;
   __device__ explicit StripRun(const LossCall& call) {
     const int group = int(blockIdx.x) / call.group_blocks, rank = int(blockIdx.x) - group * call.group_blocks;
     const int each = call.group_strips / call.group_blocks, more = call.group_strips - each * call.group_blocks;
-    const int first = group * call.group_strips + rank * each + min(rank, more);
-    sample = first / call.strips;
-    strip = first - sample * call.strips;
-    strips = each + (rank < more);
-  }
-  // In this sample.
-  __device__ int end(const LossCall& call) const { return min(strip + strips, call.strips); }
-  __device__ void next_sample(const LossCall& call) {
-    strips -= end(call) - strip;
-    ++sample, strip = 0;
+    begin = group * call.group_strips + rank * each + min(rank, more);
+    end = begin + each + (rank < more);
   }
 };
 
@@ -134,57 +140,77 @@ constexpr uint32_t kLineBytes = 128, kPrefetchedLines = 512;
 __device__ __forceinline__ void prefetch_rows(const LossCall& call, const Plane& plane, const StripRun& run) {
   if (plane.column_stride != 1 || plane.rows != call.rows || plane.columns != call.columns) return;
   const uint32_t bytes = bytes_of(plane.type), row_lines = (call.columns * bytes + kLineBytes - 1) / kLineBytes;
-  const uint32_t top = run.strip * kWarp / call.items_across, bottom = (run.end(call) * kWarp - 1) / call.items_across;
+  const uint32_t sample = run.begin / call.strips, strip = run.begin - sample * call.strips;
+  const uint32_t end = min(strip + run.end - run.begin, uint32_t(call.strips));  // of the first sample's
+  const uint32_t top = strip * kWarp / call.items_across, bottom = (end * kWarp - 1) / call.items_across;
   const uint32_t bands = bottom - top + 1;
   for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
     const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
-    const int64_t offset = run.sample * plane.sample_stride + y * plane.row_stride;
+    const int64_t offset = sample * plane.sample_stride + y * plane.row_stride;
     if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * bytes + (i - row * row_lines) * kLineBytes);
   }
 }
 
-// By all threads of the block. A run is in shared memory, because a selection needs all registers.
-__device__ __forceinline__ void begin_strips(const LossCall& call, StripRun& run, bool prefetched) {
-  if (threadIdx.x == 0) run = StripRun(call);
-  __syncthreads();
-  if (!prefetched) return;
+__device__ __forceinline__ void prefetch_rows(const LossCall& call, const StripRun& run) {
   prefetch_rows(call, call.logits, run);
   prefetch_rows(call, call.target, run);
 }
 
+// By all threads of the block. A run is in shared memory, because a selection needs all registers.
+__device__ __forceinline__ void begin_strips(const LossCall& call, StripRun& run) {
+  if (threadIdx.x == 0) run = StripRun(call);
+  __syncthreads();
+}
+
 // ---- sums
 
-// The sums of strips [begin, end) of a sample.
+constexpr int kLimitsAtOnce = 8;  // samples whose thresholds a block finds before it sums their strips
+
+// The sums of strips [begin, end), the first of which is of sample `first`, whose threshold is limits[0].
 template <class Way>
-__device__ __forceinline__ void sum_strips(const LossCall& call, int sample, int begin, int end, float limit) {
+__device__ __forceinline__ void sum_strips(const LossCall& call, int first, int begin, int end, const float (&limits)[kLimitsAtOnce]) {
   for (int strip = begin + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
+    int sample = first;
+    while (strip >= (sample + 1) * call.strips) ++sample;
     ItemSums<typename Way::Label> sums;
-    const uint32_t item = uint32_t(strip) * kWarp + threadIdx.x % kWarp;
+    const uint32_t item = uint32_t(strip - sample * call.strips) * kWarp + threadIdx.x % kWarp;
     if (item < call.items) {
-      sums.bad_target = Way::walk(call, sample, Item(call, item, Way::kColumns), limit,
+      sums.bad_target = Way::walk(call, sample, Item(call, item, Way::kColumns), limits[sample - first],
                                   [&](int, const auto& pixel) { sums.add(pixel, call.options); },
                                   [&](uint32_t) { sums.end_row(); });
     }
     const StripSums total = warp_sums(sums.total(call.options));
-    if (threadIdx.x % kWarp == 0) call.strip_sums[int64_t(sample) * call.strips + strip] = total;
+    if (threadIdx.x % kWarp == 0) call.strip_sums[strip] = total;
   }
 }
 
-// Calls sum(sample, begin, end, limit) for the strips of `run`, one sample after the other.
+// Calls sum(first sample, begin, end, limits) for the strips of `run`, some samples after the other.
 // kFloatMap: the map consists of contiguous floats, or has rows of them.
-template <bool kFloatMap, bool kTeams, class F>
+template <bool kFloatMap, bool kTeams, bool kPrefetch, class F>
 __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, Selection& selection, F sum) {
-  while (run.strips > 0) {
-    float limit;
-    if constexpr (kFloatMap) {
-      limit = find_limit<kTeams>(call, SampleValues<float>(call.similarity, call.limit.map_valid, run.sample), run.sample, selection);
-    } else {
-      limit = find_limit<kTeams>(call, MapValues{call.similarity, call.limit.map_valid, run.sample}, run.sample, selection);
+  AML_SHARED(limits, float[kLimitsAtOnce]);
+  while (run.begin < run.end) {
+    const int first = run.begin / call.strips, last = min((run.end - 1) / call.strips, first + kLimitsAtOnce - 1);
+    for (int sample = first; sample <= last; ++sample) {
+      float limit;
+      const auto meanwhile = [&] {
+        if (kPrefetch && sample == first) prefetch_rows(call, run);
+      };
+      if constexpr (kFloatMap) {
+        const SampleValues<float> values(call.similarity, call.limit.map_valid, sample);
+        limit = find_limit<kTeams>(call, values, sample, selection, meanwhile);
+      } else {
+        limit = find_limit<kTeams>(call, MapValues{call.similarity, call.limit.map_valid, sample}, sample, selection, meanwhile);
+      }
+      if (threadIdx.x == 0) {
+        limits[sample - first] = limit;
+        if (run.begin <= sample * call.strips) call.sums[int64_t(sample) * kSumColumns + kThreshold] = limit;
+      }
     }
-    if (run.strip == 0 && threadIdx.x == 0) call.sums[int64_t(run.sample) * kSumColumns + kThreshold] = limit;
-    sum(run.sample, run.strip, run.end(call), limit);
     __syncthreads();
-    if (threadIdx.x == 0) run.next_sample(call);
+    sum(first, run.begin, min(run.end, (last + 1) * call.strips), limits);
+    __syncthreads();
+    if (threadIdx.x == 0) run.begin = min(run.end, (last + 1) * call.strips);
     __syncthreads();
   }
 }
@@ -277,16 +303,16 @@ auto with_way(const PixelCall& call, F f) {
 // Divides the work among the `resident` blocks that the device runs at once; returns the bytes of scratch it takes.
 template <class Way>
 int64_t divide_loss(LossCall& call, int resident, bool teams) {
-  call.strips = cut(call, Way::kColumns, int64_t(resident) * kLossWarps);
-  call.blocks = call.group_blocks = int(std::min<int64_t>(resident, call.samples * call.strips));
-  call.group_strips = int(call.samples) * call.strips;
-  // A team for each sample, where there is one: every block then meets one sample only.
-  const int64_t team = std::min<int64_t>(resident / call.samples, call.strips);
-  call.teams = teams && call.limit.by_quantile && call.similarity.rows * call.similarity.columns > kValuesPerBlock && team > 1;
-  if (call.teams) {
-    call.blocks = int(call.samples * team);
-    call.group_blocks = int(team), call.group_strips = call.strips;
-  }
+  // As many blocks to each sample, where that leaves few idle: none then looks for two thresholds.
+  const int64_t each = resident / call.samples;
+  const bool long_map = call.similarity.rows * call.similarity.columns > kValuesPerBlock;
+  call.teams = teams && call.limit.by_quantile && long_map && each > 1;
+  const bool grouped = call.teams || each * call.samples * 10 >= int64_t(resident) * 9;
+  call.strips = cut(call, Way::kColumns, (grouped ? each * call.samples : resident) * kLossWarps);
+  call.group_strips = grouped ? call.strips : int(call.samples) * call.strips;
+  call.group_blocks = int(std::min<int64_t>(grouped ? each : resident, call.group_strips));
+  call.teams = call.teams && call.group_blocks > 1;
+  call.blocks = grouped ? int(call.samples) * call.group_blocks : call.group_blocks;
   return call.samples * (call.strips * sizeof(StripSums) + sizeof(float) + (call.teams ? sizeof(TeamCounts) : 0)) + sizeof(unsigned);
 }
 

@@ -10,9 +10,9 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked
   AML_SHARED(selection, Selection);
   AML_SHARED(run, StripRun);
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
-  begin_strips(call, run, call.limit.by_quantile);
-  run_strips<!std::is_same_v<Way, General>, true>(call, run, selection, [&](int sample, int begin, int end, float limit) {
-    sum_strips<Way>(call, sample, begin, end, limit);
+  begin_strips(call, run);
+  run_strips<!std::is_same_v<Way, General>, true, true>(call, run, selection, [&](int first, int begin, int end, const auto& limits) {
+    sum_strips<Way>(call, first, begin, end, limits);
   });
   finish_loss(call);
 }

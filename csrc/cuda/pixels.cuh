@@ -72,7 +72,6 @@ class SimilarColumns {
 template <class Logit, bool kValid>
 struct Direct {
   using Stored = Logit;
-  static constexpr int kNumber = (std::is_same_v<Logit, float> ? 0 : std::is_same_v<Logit, bf16> ? 1 : 2) + 3 * kValid;
   using Label = bool;
   static constexpr int kColumns = 16 / int(sizeof(Logit));
   static constexpr int kBlocksPerProcessor = kColumns == 4 && !kValid ? 3 : 2;
@@ -143,7 +142,6 @@ struct Direct {
 };
 
 struct General {
-  static constexpr int kNumber = 6;
   using Label = float;
   static constexpr int kColumns = 4;
   static constexpr int kBlocksPerProcessor = 2;

@@ -1,7 +1,7 @@
 // sample_quantile: one block per sample, or all blocks of the device where samples are few and long; one launch either way.
 #pragma once
 
-#include "selection.cuh"
+#include "few_values.cuh"
 
 namespace aml::cuda {
 

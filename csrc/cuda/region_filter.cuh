@@ -5,8 +5,8 @@
 #pragma once
 
 #include "../common/philox.h"
+#include "few_values.cuh"
 #include "resize.cuh"
-#include "selection.cuh"
 
 namespace aml::cuda {
 

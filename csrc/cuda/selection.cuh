@@ -86,6 +86,16 @@ struct SampleValues {
         rows(v.rows), columns(v.columns), row_stride(v.row_stride), column_stride(v.column_stride),
         valid_row_stride(m.row_stride), valid_column_stride(m.column_stride) {}
 
+  __device__ int64_t count() const { return rows * columns; }
+
+  // The key of value number `i`, if there is one and it exists.
+  __device__ __forceinline__ bool load_key(int64_t i, uint32_t& key) const {
+    if (i >= count()) return false;
+    const uint32_t y = uint32_t(i) / uint32_t(columns), x = uint32_t(i) - y * uint32_t(columns);
+    key = selection_key(to_float(values[y * row_stride + x * column_stride]));
+    return !valid || valid[y * valid_row_stride + x * valid_column_stride];
+  }
+
   // Calls f(key) for each value that exists; thread `first` of `threads` takes its share.
   template <class F>
   __device__ __forceinline__ void visit(int64_t first, int64_t threads, F f) const {
@@ -217,6 +227,13 @@ __device__ uint32_t select_key(const Values& values, const Team& team, Place pla
   return key;
 }
 
+// The number at `weight` of the way from one key to the next, where the interpolation blends.
+__device__ __forceinline__ float between(uint32_t key, uint32_t next, float weight, Interpolation interpolation) {
+  const float value = from_ordered_key(key);
+  const bool blends = interpolation == Interpolation::linear || interpolation == Interpolation::midpoint;
+  return blends ? lerp(value, from_ordered_key(next), weight) : value;
+}
+
 // The q-quantile of a sample's values, as torch.quantile computes it: NaN if there is no value, one is NaN, or q is
 // outside [0, 1]. As select_key; afterwards `s` may be used for something else.
 template <int kThreads, class Values, class Team>
@@ -246,14 +263,7 @@ __device__ float team_quantile(const Values& values, const Team& team, float q, 
   const bool defined = s.defined;
   __syncthreads();
   if (!defined) return bit_cast<float>(0x7FC00000u);
-  const float value = from_ordered_key(key);
-  const bool blends = interpolation == Interpolation::linear || interpolation == Interpolation::midpoint;
-  return blends ? lerp(value, from_ordered_key(next), weight) : value;
-}
-
-template <int kThreads, class Values>
-__device__ float block_quantile(const Values& values, float q, Interpolation interpolation, bool rank_in_fp64, Selection& s) {
-  return team_quantile<kThreads>(values, OneBlock{}, q, interpolation, rank_in_fp64, s);
+  return between(key, next, weight, interpolation);
 }
 
 }  // namespace aml::cuda

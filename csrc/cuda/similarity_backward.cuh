@@ -12,11 +12,13 @@
 
 namespace aml::cuda {
 
+constexpr int kWordGroup = 8;  // a thread adds up the gradients of one group
+
 struct GradientTile {
-  alignas(16) float features[kTileChannels][kRow];  // [channel][feature_column]; in the end [word][channel]: sums
+  alignas(16) float features[kBlockChannels][kRow];  // [channel][feature_column]; in the end [word][channel]: sums
   alignas(16) float words[kTileWords][kRow];        // [word][channel], unit vectors
   alignas(16) float coefficient[kTileWords][kRow];  // [word][cell]
-  alignas(16) float along[kTileCells];
+  alignas(16) float along[kBlockCells];
   int32_t index[kTileWords];
   bool last;
 };
@@ -34,20 +36,20 @@ __device__ __forceinline__ int padded(int count) { return (count + kWordGroup - 
 // The listed words' coefficients for the cells from `first` on; zero where there is no cell or no word.
 __device__ inline void stage_coefficients(const SimilarityCall& call, const SimilarityScratch& scratch, int sample,
                                           int first, int count, GradientTile& tile) {
-  const int cell = first + int(threadIdx.x) % kTileCells;
+  const int cell = first + int(threadIdx.x) % kBlockCells;
   const int64_t cells = call.cells, at = sample * cells + cell;
   const bool exists = cell < cells;
   const int32_t word = exists && !call.softmax ? scratch.word[at] : -1;
   const float coefficient = exists && !call.softmax ? scratch.coefficient[at] : 0.0f;
-  for (int j = threadIdx.x / kTileCells; j < padded(count); j += kSimilarityThreads / kTileCells) {
+  for (int j = threadIdx.x / kBlockCells; j < padded(count); j += kSimilarityThreads / kBlockCells) {
     float value = 0;
     if (exists && j < count) {
       value = call.softmax ? scratch.coefficient[(int64_t(sample) * call.words + tile.index[j]) * cells + cell]
           : word == tile.index[j] ? coefficient : 0.0f;
     }
-    tile.coefficient[j][threadIdx.x % kTileCells] = value;
+    tile.coefficient[j][threadIdx.x % kBlockCells] = value;
   }
-  if (threadIdx.x < kTileCells) tile.along[threadIdx.x] = exists ? scratch.along[at] : 0.0f;
+  if (threadIdx.x < kBlockCells) tile.along[threadIdx.x] = exists ? scratch.along[at] : 0.0f;
 }
 
 __device__ __forceinline__ float unit_word(const SimilarityCall& call, const SimilarityScratch& scratch, int sample,
@@ -58,9 +60,9 @@ __device__ __forceinline__ float unit_word(const SimilarityCall& call, const Sim
 // Unit vectors of the listed words, 64 channels from `channel` on.
 __device__ inline void stage_words(const SimilarityCall& call, const SimilarityScratch& scratch, int sample, int channel,
                                    int count, GradientTile& tile) {
-  const int c = channel + threadIdx.x % kTileChannels;
-  for (int j = threadIdx.x / kTileChannels; j < count; j += kSimilarityThreads / kTileChannels) {
-    tile.words[j][threadIdx.x % kTileChannels] = c < call.channels ? unit_word(call, scratch, sample, tile.index[j], c) : 0.0f;
+  const int c = channel + threadIdx.x % kBlockChannels;
+  for (int j = threadIdx.x / kBlockChannels; j < count; j += kSimilarityThreads / kBlockChannels) {
+    tile.words[j][threadIdx.x % kBlockChannels] = c < call.channels ? unit_word(call, scratch, sample, tile.index[j], c) : 0.0f;
   }
 }
 
@@ -132,7 +134,7 @@ struct WordGradient {
   __device__ __forceinline__ void add(const GradientTile& tile) {
     if (share >= shares) return;
 #pragma unroll 1
-    for (int cell = share * 4; cell < kTileCells; cell += shares * 4) {
+    for (int cell = share * 4; cell < kBlockCells; cell += shares * 4) {
       const Pack<float, 4> v = load<4>(&tile.features[channel][feature_column(channel, cell)]);
       const Pack<float, 4> w = load<4>(&tile.features[channel + kWarp][feature_column(channel + kWarp, cell)]);
 #pragma unroll
@@ -206,20 +208,21 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
   GradientTile& tile = shared->tile;
   const SimilarityCall& call = backward.forward;
   const int word_blocks = backward.word_blocks, parts = backward.parts;
-  const int channel = int(blockIdx.x) % backward.channel_blocks * kTileChannels;
+  const int channel = int(blockIdx.x) % backward.channel_blocks * kBlockChannels;
   int block = int(blockIdx.x) / backward.channel_blocks;
   const int part = block % parts;
   block /= parts;
   const int own = block % word_blocks;
   const int sample = block / word_blocks;
 
-  const int share = (call.tiles + parts - 1) / parts, first_tile = part * share, last_tile = min(first_tile + share, call.tiles);
+  const int tiles = call.blocks_of(kBlockCells), share = (tiles + parts - 1) / parts;
+  const int first_tile = part * share, last_tile = min(first_tile + share, tiles);
   const int own_count = list_words(call, sample, own * kTileWords, tile.index);
   WordGradient word_gradient(own_count);
   FeatureBlock<T> features(call, sample);
-  if (first_tile < last_tile) features.fetch(shared->raw, first_tile * kTileCells, channel);
+  if (first_tile < last_tile) features.fetch(shared->raw, first_tile * kBlockCells, channel);
   for (int t = first_tile; t < last_tile; ++t) {
-    const int first = t * kTileCells;
+    const int first = t * kBlockCells;
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();  // the tile is done with, and the next features are here
@@ -228,7 +231,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
     stage_coefficients(call, scratch, sample, first, own_count, tile);
     features.put(shared->raw, first, tile.features);
     __syncthreads();
-    if (t + 1 < last_tile) features.fetch(shared->raw, first + kTileCells, channel);
+    if (t + 1 < last_tile) features.fetch(shared->raw, first + kBlockCells, channel);
     if (own_count > 0) word_gradient.add(tile);
     if (own > 0) continue;
     FeatureGradient gradient(tile);
@@ -246,8 +249,8 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
 
   word_gradient.combine(tile);
   const int own_listed = word_blocks == 1 ? own_count : list_words(call, sample, own * kTileWords, tile.index);
-  for (int i = threadIdx.x; i < own_listed * kTileChannels; i += kSimilarityThreads) {
-    const int j = i / kTileChannels, c = i % kTileChannels;
+  for (int i = threadIdx.x; i < own_listed * kBlockChannels; i += kSimilarityThreads) {
+    const int j = i / kBlockChannels, c = i % kBlockChannels;
     if (channel + c < call.channels) {
       scratch.sum[((int64_t(sample) * parts + part) * call.words + tile.index[j]) * call.channels + channel + c] = tile.features[j][c];
     }
@@ -268,8 +271,8 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
 template <class T>
 cudaError_t launch_similarity_backward(const SimilarityBackwardCall& call, const SimilarityScratch& scratch, cudaStream_t stream) {
   const dim3 threads(kSimilarityThreads);
-  const cudaError_t error =
-      AML_LAUNCH(dim3(unsigned(call.samples * call.forward.tiles)), threads, 0, stream, similarity_coefficients<T>, call, scratch);
+  const int64_t tiles = call.samples * call.forward.blocks_of(kTileCells);
+  const cudaError_t error = AML_LAUNCH(dim3(unsigned(tiles)), threads, 0, stream, similarity_coefficients<T>, call, scratch);
   if (error != cudaSuccess) return error;
   const int64_t blocks = call.samples * call.word_blocks * call.parts * call.channel_blocks;
   return AML_LAUNCH(dim3(unsigned(blocks)), threads, sizeof(GradientShared<T>), stream, similarity_gradients<T>, call, scratch);

@@ -18,10 +18,10 @@ struct SimilarityBackwardCall {
   // The cells of a sample are divided into parts where samples and channels alone are too few blocks. By shape only, so
   // that sums are the same on every device.
   void divide() {
-    channel_blocks = (forward.channels + kTileChannels - 1) / kTileChannels;
+    channel_blocks = (forward.channels + kBlockChannels - 1) / kBlockChannels;
     word_blocks = (forward.words + kTileWords - 1) / kTileWords;
     const int64_t wanted = 512 / (samples * channel_blocks * word_blocks);
-    parts = wanted < 1 ? 1 : wanted < forward.tiles ? int(wanted) : forward.tiles;
+    parts = wanted < 1 ? 1 : int(wanted < forward.blocks_of(kBlockCells) ? wanted : forward.blocks_of(kBlockCells));
   }
 };
 
@@ -51,11 +51,11 @@ struct SimilarityScratch {
 
 template <class T>
 __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients(SimilarityBackwardCall backward, SimilarityScratch scratch) {
-  AML_SHARED(tile, SimilarityTile);
+  AML_SHARED(tile, ComparisonTile);
   const SimilarityCall& call = backward.forward;
-  const int sample = int(blockIdx.x) / call.tiles, words = call.words;
+  const int tiles = call.blocks_of(kTileCells), sample = int(blockIdx.x) / tiles, words = call.words;
   const int64_t cells = call.cells;
-  const int first = int(blockIdx.x) % call.tiles * kTileCells, cell = first + int(threadIdx.x);
+  const int first = int(blockIdx.x) % tiles * kTileCells, cell = first + int(threadIdx.x);
   const int64_t at = sample * cells + cell;
   const bool has_cell = threadIdx.x < kTileCells && cell < cells;
   float* const products = scratch.coefficient + int64_t(sample) * words * cells + cell;  // with softmax, [words] x cells apart
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
   for (int word = 0; word < words; word += kTileWords) {
     const int count = compare_words<T>(call, sample, first, word, tile);
     if (has_cell && count > 0) {
-      norm = inverse_norm_of_cell(call, tile.square[threadIdx.x]);
+      norm = inverse_norm_of_cell(call, tile.square(threadIdx.x));
       best.update(call, tile, count, norm);
-      for (int j = 0; call.softmax && j < count; ++j) products[tile.index[j] * cells] = tile.features[j][threadIdx.x];
+      for (int j = 0; call.softmax && j < count; ++j) products[tile.index[j] * cells] = tile.product(j, threadIdx.x);
     }
     if (first == 0 && int(threadIdx.x) < count) {
       scratch.inverse_norm[int64_t(sample) * words + tile.index[threadIdx.x]] = call.normalize ? tile.inverse_norm[threadIdx.x] : 1.0f;

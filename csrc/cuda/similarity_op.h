@@ -1,7 +1,7 @@
 // The arguments of pixel_text_similarity as a kernel takes them, for the operator and for aml_loss.
 #pragma once
 
-#include "features.cuh"
+#include "comparison.cuh"
 #include "tensors.h"
 
 namespace aml::cuda {
@@ -29,7 +29,7 @@ inline SimilarityCall similarity_call(const Tensor& visual, const Tensor& text, 
   }
   call.normalize = normalize, call.softmax = softmax, call.scale = float(scale);
   require(call.prepare(), "visual, text: expected fewer than 2^31 cells, words and channels in a sample");
-  require(visual.size(0) * call.tiles < (int64_t(1) << 31), "visual: expected fewer than 2^31 tiles of 64 cells");
+  require(visual.size(0) * call.blocks_of(kTileCells) < (int64_t(1) << 31), "visual: expected fewer than 2^31 tiles of 32 cells");
   return call;
 }
 

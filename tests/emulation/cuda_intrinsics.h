@@ -107,17 +107,9 @@ template <class T> void __stwt(T* address, std::type_identity_t<T> value) { *add
 
 namespace emulation {
 
-inline void copy(const Copy& copy) {
-  if (copy.bytes == sizeof(uint4)) {
-    *static_cast<uint4*>(copy.to) = loaded(static_cast<const uint4*>(copy.from));
-    return;
-  }
-  for (unsigned b = 0; b < sizeof(uint4); ++b) {
-    static_cast<char*>(copy.to)[b] = b < copy.bytes ? loaded(static_cast<const char*>(copy.from) + b) : char(0);
-  }
-}
+inline void copy(const Copy& copy) { *static_cast<uint4*>(copy.to) = loaded(static_cast<const uint4*>(copy.from)); }
 
-// The next copy that has to be there when all groups but `left` are; none: no bytes and no place.
+// The next copy that has to be there when all groups but `left` are; none: no place.
 EMULATION_HIDDEN Copy next_copy(unsigned left) {
   Fibre* fibre = running.self;
   if (fibre->n_copies == 0 || fibre->copies[0].group + left >= fibre->copy_group) return {};
@@ -129,14 +121,14 @@ EMULATION_HIDDEN Copy next_copy(unsigned left) {
 EMULATION_HIDDEN bool comes_later(const Copy& copy, std::source_location at) {
   Fibre* fibre = running.self;
   const uintptr_t places = reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from);
-  if (places % sizeof(uint4) || copy.bytes > sizeof(uint4)) trap(at);
+  if (places % sizeof(uint4)) trap(at);
   if (fibre->n_copies == std::size(fibre->copies) || running.random() % 2) return false;
-  fibre->copies[fibre->n_copies++] = {copy.to, copy.from, copy.bytes, fibre->copy_group};
+  fibre->copies[fibre->n_copies++] = {copy.to, copy.from, fibre->copy_group};
   return true;
 }
 
-inline void copy_async(void* to, const void* from, int bytes, EMULATION_HERE) {
-  const Copy asked{to, from, unsigned(bytes), 0};
+inline void copy_async(void* to, const void* from, EMULATION_HERE) {
+  const Copy asked{to, from, 0};
   if (!comes_later(asked, at)) copy(asked);
 }
 EMULATION_HIDDEN void commit_copies() { ++running.self->copy_group; }

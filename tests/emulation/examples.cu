@@ -104,12 +104,16 @@ __global__ void reverse(const int* from, int* out, int n, int mistake) {
   AML_SHARED(pack, int4[64]);
   const int i = int(threadIdx.x), left = n - 4 * i;
   emulation::commit_copies();
-  emulation::copy_async(&pack[i], from + 4 * i + (mistake == kMisalignedCopy), left >= 4 ? 16 : left > 0 ? left * 4 : 0);
+  if (left >= 4) {
+    emulation::copy_async(&pack[i], from + 4 * i + (mistake == kMisalignedCopy));
+  } else {
+    pack[i] = {0, 0, 0, 0};
+  }
   emulation::commit_copies();
   if (mistake != kNotWaitedFor) emulation::wait_for_copies(mistake == kWaitedForTheGroupBefore);
   if (mistake != kNoBarrierBehind) __syncthreads();
   const int4 other = pack[63 - i];
-  if (mistake == kReadAtOnce) emulation::copy_async(&pack[i], from, 16);  // where another may still read
+  if (mistake == kReadAtOnce) emulation::copy_async(&pack[i], from);  // where another may still read
   out[4 * i] = other.x, out[4 * i + 1] = other.y, out[4 * i + 2] = other.z, out[4 * i + 3] = other.w;
 }
 

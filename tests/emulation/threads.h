@@ -59,7 +59,7 @@ enum class Request { start, done, go_on, spin, warp, block, grid, meeting, share
 struct Copy {
   void* to;
   const void* from;
-  unsigned bytes, group;
+  unsigned group;
 };
 
 struct Fibre : Context {
