@@ -12,7 +12,7 @@ help:
 	@echo "make test-wheel TORCH=VERSION  run the operators' tests on the built wheel with another PyTorch"
 	@echo "make bench  measure the operators against PyTorch, draw docs/benchmark.png"
 	@echo "make lint   ruff and mypy"
-	@echo "make gpu    on a machine with an NVIDIA GPU: build, tests, measurements, compute-sanitizer. Ends after 9 minutes"
+	@echo "make gpu    on a machine with an NVIDIA GPU: build, tests, compute-sanitizer, measurements. Ends after 9 minutes"
 	@echo "            and goes on when called again. PYTHON=python3 takes that environment with its PyTorch;"
 	@echo "            PARTS=\"build cuda\" runs these parts"
 	@echo "make clean  remove what was built, and .venv"

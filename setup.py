@@ -98,7 +98,10 @@ from torch.utils import cpp_extension  # noqa: E402
 
 def architecture_flags() -> list[str]:
     # Given to nvcc here: PyTorch leaves its own out if "arch" occurs in any other flag, such as a path.
-    flags = cpp_extension._get_cuda_arch_flags()
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except ValueError as error:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}; expected such as 9.0, 9.0a, 8.0;9.0+PTX") from None
     old = [flag for flag in flags if int(re.findall(r"\d+", flag)[-1]) < 80]
     if old:
         raise SystemExit(

@@ -82,12 +82,15 @@ def architectures() -> tuple[str, ...]:
 
 
 def runs_on(built: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Machine code runs on later minor versions of its major version; PTX on every later GPU."""
+    """Machine code runs on later minor versions of its major version, and PTX on every later GPU.
+
+    With "a" (9.0a) both run on that very capability only; with "f" (10.0f) PTX stays within the major version too.
+    """
     for name in built:
-        major, minor = map(int, name.removesuffix("+PTX").split("."))
-        if (major == capability[0] and minor <= capability[1]) or (
-            name.endswith("+PTX") and (major, minor) <= capability
-        ):
+        version, _, ptx = name.partition("+")
+        major, minor = map(int, version.rstrip("af").split("."))
+        later = (major, minor) <= capability and (major == capability[0] or (ptx and not version.endswith("f")))
+        if capability == (major, minor) or (later and not version.endswith("a")):
             return True
     return False
 

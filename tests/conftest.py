@@ -1,6 +1,7 @@
 """What the operators' tests share: back ends and their devices, and memory that nobody wrote to holds NaN."""
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -78,12 +79,17 @@ def skipped(item) -> str | None:
     return None
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     if INTERPRETED:
         left_out = thinning.left_out([item for item in items if not skipped(item)])
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+    yield
+    # Neighbours need the same programs of Triton, and workers that run them at the same time would each compile these.
+    # So they are parted, and with them what takes longest. All workers need the same order.
+    if hasattr(config, "workerinput") and not INTERPRETED:
+        items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()) * (parameters_of(item).get("backend") in FOR_GPUS))
 
 
 @pytest.fixture(autouse=True)

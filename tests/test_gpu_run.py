@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,18 @@ def drive(folder, *planned, only=(), minutes=1.0):
     return code, json.loads(stored.read_text())
 
 
+def waiting(name, other, folder):
+    """A part that ends when `other` has begun too; after 20 seconds it fails."""
+    return part(name, f"""
+import pathlib, time
+pathlib.Path({str(folder / name)!r}).touch()
+for _ in range(200):
+    if pathlib.Path({str(folder / other)!r}).exists():
+        raise SystemExit(print("done"))
+    time.sleep(0.1)
+""")
+
+
 def counting(name, folder):
     return part(name, f"open({str(folder / name)!r}, 'a').write('x'); print('done', {name!r})")
 
@@ -48,6 +62,51 @@ def test_a_part_that_others_depend_on_runs_every_time(tmp_path):
     for _ in range(2):
         drive(tmp_path / "out", build)
     assert (tmp_path / "n").read_text() == "xx"
+
+
+def test_parts_run_at_once_and_are_told_in_order(tmp_path, capsys):
+    slow = part("slow", "import time; time.sleep(1); print('done')")
+    code, results = drive(tmp_path / "out", slow, waiting("a", "b", tmp_path), waiting("b", "a", tmp_path))
+    assert code == 0 and results["b"]["seconds"] < 20
+    said = capsys.readouterr().out.splitlines()
+    assert "running slow, a, b" in said
+    assert [x.split()[0] for x in said if " passed " in x] == ["slow", "a", "b"]
+
+
+def test_nothing_runs_beside_a_part_that_runs_alone(tmp_path):
+    lock = str(tmp_path / "lock")
+    script = f"import os, time; os.mkdir({lock!r}); time.sleep(0.5); os.rmdir({lock!r}); print('done')"
+    planned = (part(name, script, alone=name in "bc") for name in "abcd")
+    code, results = drive(tmp_path / "out", *planned)
+    assert code == 0, results
+
+
+def test_what_a_part_leaves_running_ends_with_it(tmp_path):
+    late = f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
+    leaving = part("a", f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {late!r}]); print('done')")
+    code, _ = drive(tmp_path / "out", leaving)
+    time.sleep(3)
+    assert code == 0 and not (tmp_path / "late").exists()
+
+
+def test_who_interrupts_it_ends_all_that_runs(tmp_path):
+    started, alive = tmp_path / "started", tmp_path / "alive"
+    script = f"import time; open({str(started)!r}, 'w'); time.sleep(3); open({str(alive)!r}, 'w')"
+    program = f"""
+import sys
+sys.path.insert(0, {str(SOURCE.parent)!r})
+import run
+parts = [run.Part(name, 60, (sys.executable, "-c", {script!r}), "") for name in "ab"]
+run.main(["--out", {str(tmp_path / "out")!r}], make=lambda folder: parts)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    time.sleep(4)
+    assert not alive.exists()
 
 
 def test_a_part_that_did_nothing_has_not_passed(tmp_path):
@@ -103,10 +162,19 @@ def test_the_plan_names_what_exists(tmp_path):
                 assert (driver.ROOT / word).is_file(), f"{p.name}: {word}"
 
 
-def test_the_figures_of_the_goal_follow_the_tests_of_what_reaches_it(tmp_path):
-    names = [p.name for p in driver.parts(tmp_path)]
-    assert names[:4] == ["build", "about", "cuda", "goal"] and names[-1] == "others"
-    assert names.index("features") < names.index("memcheck-triton")  # which finds its programs compiled
+def test_what_is_measured_follows_the_tests_and_runs_alone(tmp_path):
+    planned = driver.parts(tmp_path)
+    names = [p.name for p in planned]
+    assert names[:3] == ["build", "about", "cuda"] and names[-2:] == ["goal", "others"]
+    assert {p.name for p in planned if p.alone} == {"build", "about", "large", "goal", "others"}
+
+
+@pytest.mark.parametrize(("cores", "expected"), ((1, [1, 1, 1, 1]), (8, [4, 6, 1, 1]), (64, [8, 12, 3, 1])))
+def test_workers_share_the_cores(tmp_path, monkeypatch, cores, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    commands = {p.name: " ".join(p.command) for p in driver.parts(tmp_path)}
+    for name, workers in zip(("cuda", "triton", "features", "large"), expected, strict=True):
+        assert f"--numprocesses={workers} " in commands[name]
 
 
 def test_there_is_time_to_compile_what_a_sanitizer_watches(tmp_path):

@@ -12,6 +12,9 @@ from aml_kernels import _backend
     (("8.0", "9.0"), (8, 0), True), (("8.0", "9.0"), (8, 6), True), (("8.6",), (8, 0), False),
     (("8.0", "9.0"), (10, 0), False), (("8.0", "9.0+PTX"), (12, 0), True), (("9.0+PTX",), (8, 9), False),
     ((), (9, 0), False), (("8.0", "9.0", "10.0+PTX"), (7, 5), False), (("10.0+PTX",), (10, 3), True),
+    (("9.0a",), (9, 0), True), (("8.0", "9.0a+PTX"), (10, 0), False), (("10.0a",), (10, 3), False),
+    (("9.0a+PTX",), (9, 0), True), (("10.0f",), (10, 3), True), (("12.1f",), (12, 0), False),
+    (("10.0f+PTX",), (12, 0), False), (("9.0a", "9.0+PTX"), (12, 0), True),
 ))
 def test_where_kernels_run(built, capability, runs):
     assert report.runs_on(built, capability) == runs

@@ -1,16 +1,20 @@
 """`make gpu`: build, test, check with compute-sanitizer and measure, on a machine with an NVIDIA GPU.
 
-The work is cut into parts: the CUDA kernels' tests, the figures of the goal, then the rest. Each leaves its log and its
-result in a folder that belongs to these sources and this environment; what has passed there is not run again. A run
-ends after 9 minutes and tells what is left; the next goes on with it, with what Triton and PyTorch have compiled.
+The work is cut into parts: first what only checks, all of it at once, then what is measured, with nothing beside it.
+Each part leaves its log and its result in a folder that belongs to these sources and this environment; what has passed
+there is not run again. A run ends after 9 minutes and tells what is left; the next goes on with it, with what has been
+compiled meanwhile by Triton and PyTorch.
 
     python tests/gpu/run.py                    what 9 minutes are enough for of what has not passed yet
     python tests/gpu/run.py --only cuda goal   these parts, whatever came of them before
 """
 
 import argparse
+import asyncio
+import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +39,7 @@ NEEDED = {  #: and their oldest versions
 }
 PROGRAMS = 100  #: at most, that Triton compiles for every_kernel.py, in two seconds each; test_triton_compile.py counts
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SHARED = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  #: by parts that share the processor's cores
 
 
 @dataclass(frozen=True)
@@ -45,28 +50,36 @@ class Part:
     proof: str  #: pattern of a line that shows that work was done: exit code 0 may mean that all was skipped
     environment: dict[str, str] = field(default_factory=dict)
     missing: str | None = None  #: why the part cannot run here
-    always: bool = False  #: quick if there is nothing to do, and others depend on it
+    alone: bool = False  #: not at once with the parts beside it in the plan: it measures, or needs the GPU's memory
+    always: bool = False  #: quick if there is nothing to do, and others depend on it; alone too
 
 
 def parts(folder: Path) -> list[Part]:
     """In the order of what is asked first."""
-    python, alone = sys.executable, 2 * PROGRAMS
+    python, compiling = sys.executable, 2 * PROGRAMS
     matrix = [str(ROOT / f"tests/test_{name}.py") for name in OPERATORS]
-    workers = min(16, os.cpu_count() or 1)  # mostly Triton compiling
+    gpu, large = str(ROOT / "tests/gpu"), str(ROOT / "tests/gpu/test_large.py")
     build = {"AML_KERNELS_EXTENSION": "1", "AML_KERNELS_CUDA": "1"}
     return [
         Part(
             "build", 240, (python, "setup.py", "build_ext", "--inplace"), r"^copying .*_C\.abi3\.so.*", build,
-            always=True,
+            alone=True, always=True,
         ),
-        Part("about", 60, (python, "-m", "aml_kernels"), r"^self-check.*passed.*", always=True),
-        tests("cuda", 180, workers, 90, "-k", "cuda", *matrix),
+        Part("about", 60, (python, "-m", "aml_kernels"), r"^self-check.*passed.*", alone=True, always=True),
+        # At once. Most of the time goes into what Triton compiles, and most of that into the matrix.
+        tests("cuda", 240, workers(8), 120, "-k", "cuda", *matrix),
+        tests("triton", 300, workers(12), 120, "-k", "triton", *matrix),
+        tests("features", compiling + 100, workers(3), compiling, gpu, "--ignore", large),
+        *(sanitizer(tool, "cuda", 240) for tool in TOOLS), sanitizer("memcheck", "triton", compiling + 100),
+        replace(tests("large", 120, 1, 60, large), alone=True),
         bench("goal", 270, folder),  # eight graphs of torch.compile, in 10 to 20 seconds each
-        tests("features", alone + 100, 1, alone, str(ROOT / "tests/gpu")),  # one at a time: they need room
-        tests("triton", 240, workers, 120, "-k", "triton", *matrix),
-        *(sanitizer(tool, "cuda", 120) for tool in TOOLS), sanitizer("memcheck", "triton", alone + 100),
         bench("others", 180, folder),
     ]
+
+
+def workers(of_16: int) -> int:
+    """The same share of fewer cores. Of more than 16 there is no use, as each worker takes memory of the GPU."""
+    return max(1, of_16 * min(16, os.cpu_count() or 1) // 16)
 
 
 def tests(name: str, seconds: int, workers: int, each: int, *arguments: str) -> Part:
@@ -74,8 +87,8 @@ def tests(name: str, seconds: int, workers: int, each: int, *arguments: str) -> 
     return Part(
         name, seconds,
         (
-            sys.executable, "-m", "pytest", "-q", "-rs", f"--timeout={each}", "--timeout-method=thread",
-            f"--numprocesses={workers}", *arguments,
+            sys.executable, "-m", "pytest", "-q", "-rs", "--durations=10", f"--timeout={each}",
+            "--timeout-method=thread", f"--numprocesses={workers}", *arguments,
         ),
         r"^(?!.*\b(failed|error)).*\b\d+ passed.*",
     )
@@ -86,7 +99,7 @@ def bench(workloads: str, seconds: int, folder: Path) -> Part:
         sys.executable, "benchmarks/bench_fused.py", "--device", "cuda", "--workloads", workloads,
         "--json", str(folder / f"{workloads}.json"),
     )
-    return Part(workloads, seconds, command, r"^(Goal|Took) .*")
+    return Part(workloads, seconds, command, r"^(Goal|Took) .*", alone=True)
 
 
 def sanitizer(tool: str, backend: str, seconds: int) -> Part:
@@ -130,14 +143,10 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
     print(f"results in {folder}\n", flush=True)
     stored, end = folder / "results.json", time.monotonic() + 60 * options.minutes
     results = json.loads(stored.read_text()) if stored.exists() else {}
-    for part in planned:
-        if options.only and part.name not in options.only:
-            continue
-        if options.only or part.always or results.get(part.name, {}).get("state") != "passed":
-            results[part.name] = run(part, folder / f"{part.name}.log", end - time.monotonic())
-            stored.with_suffix(".new").write_text(json.dumps(results, indent=1) + "\n")
-            stored.with_suffix(".new").replace(stored)
-        print(line(part.name, results[part.name]), flush=True)
+    chosen = [part for part in planned if not options.only or part.name in options.only]
+    due = [x for x in chosen if options.only or x.always or results.get(x.name, {}).get("state") != "passed"]
+    for _, group in itertools.groupby(chosen, lambda part: part.alone and part.name):
+        asyncio.run(run_at_once(list(group), due, results, stored, end))
     print(f"\n{sum(r['state'] == 'passed' for r in results.values())} of {len(planned)} parts have passed")
     return int(any(results.get(part.name, {}).get("state") not in ("passed", "missing") for part in planned))
 
@@ -150,7 +159,24 @@ def version(package: str) -> tuple[int, ...]:
         return (0,)
 
 
-def run(part: Part, log: Path, remaining: float) -> dict:
+async def run_at_once(group: Sequence[Part], due: Sequence[Part], results: dict, stored: Path, end: float) -> None:
+    """Those of a group that are due. A result is stored when the part ends, and told in the order of the plan."""
+
+    async def one(part: Part) -> None:
+        results[part.name] = await run(part, stored.with_name(f"{part.name}.log"), end - time.monotonic())
+        stored.with_suffix(".new").write_text(json.dumps(results, indent=1) + "\n")
+        stored.with_suffix(".new").replace(stored)
+
+    tasks = {part.name: asyncio.create_task(one(part)) for part in group if part in due}
+    if tasks:
+        print(f"running {', '.join(tasks)}", flush=True)
+    for part in group:
+        if part.name in tasks:
+            await tasks[part.name]
+        print(line(part.name, results[part.name]), flush=True)
+
+
+async def run(part: Part, log: Path, remaining: float) -> dict:
     """Start the part and wait for it: its state, what its log says, seconds."""
     if part.missing:
         return {"state": "missing", "says": part.missing, "seconds": 0.0}
@@ -158,20 +184,21 @@ def run(part: Part, log: Path, remaining: float) -> dict:
         return {"state": "not started", "says": "the time for all parts is used up: run again", "seconds": 0.0}
     limit, start = min(part.seconds, remaining), time.monotonic()
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])  # where pip puts ninja
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | part.environment
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment |= part.environment | ({} if part.alone else SHARED)
     with log.open("w") as file:
-        process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        process = await asyncio.create_subprocess_exec(
+            *part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
+            code = await asyncio.wait_for(process.wait(), limit)
+        except asyncio.TimeoutError:
             code = None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its workers too
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too; also what one that has ended left running
+            await process.wait()
     text = log.read_text(errors="replace")
     proofs = [match.group().strip() for match in re.finditer(part.proof, text, re.MULTILINE)]
     if code is None:
