@@ -60,12 +60,13 @@ BUGS = {
         "races", "similarity of rows that begin anywhere, bf16", RACE,
     ),
     "copies into memory that is still read": Bug(
-        "similarity", "comparison.cuh", "__syncwarp();  // this step's features are here, and the words and the features "
-        "before are done with", "", "plain", "similarity of rows that begin anywhere, bf16", WRONG,
+        "similarity", "comparison.cuh", "__syncwarp();  // this step's features are here, and the words and the "
+        "features before are done with", "", "plain", "similarity of rows that begin anywhere, bf16", WRONG,
     ),
     "copy beyond the end of a tensor": Bug(
         "similarity", "comparison.cuh", "const bool followed = c + 1 < call_.channels",
-        "const bool followed = c < call_.channels", "bounds", "similarity of rows that begin anywhere, fp32", "AddressSanitizer: heap-buffer-overflow",
+        "const bool followed = c < call_.channels", "bounds", "similarity of rows that begin anywhere, fp32",
+        "AddressSanitizer: heap-buffer-overflow",
     ),
     "histogram without atomics": Bug(
         "quantile", "selection.cuh", "atomicAdd(&s.bins[other >> shift & digit], 1u);",
