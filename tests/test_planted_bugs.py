@@ -121,8 +121,8 @@ BUGS = {
         "plain", "region filter", WRONG,
     ),
     "more blocks than run at once": Bug(
-        "masked_loss", "loss_strips.cuh", "std::min<int64_t>(resident, call.samples * call.strips)",
-        "int64_t(call.samples * call.strips)", "plain", "loss of samples each",
+        "masked_loss", "loss_strips.cuh", "std::min<int64_t>(grouped ? each : resident, call.group_strips)",
+        "call.group_strips", "plain", "loss of samples each",
         "are resident together",
     ),
 }

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCal
   prefetch_rows(call.loss, run);
   grid_barrier();
 
-  run_strips<true, false, false>(call.loss, run, shared.selection, [&](int first, int begin, int end, const auto& limits) {
-    sum_strips<Way>(call.loss, first, begin, end, limits);
+  run_strips<true, Search::alone, false>(call.loss, run, shared.selection, [&](int begin, int end, const auto& limits) {
+    sum_strips<Way>(call.loss, begin, end, limits);
   });
   finish_loss(call.loss);
 }

@@ -96,17 +96,22 @@ struct MapValues {
   }
 };
 
+// How a kernel finds thresholds: of few values, of many by teams or alone, or either way but alone.
+enum class Search { few, teams, alone };
+
+inline bool has_few_values(const Plane& map) { return map.rows * map.columns <= kLossThreads * kFewPerThread; }
+
 // By all threads of the block; of all blocks where they are teams. Calls meanwhile() where there is a search.
-template <bool kTeams, class Values, class F>
+template <Search kSearch, class Values, class F>
 __device__ __forceinline__ float find_limit(const LossCall& call, const Values& values, int64_t sample, Selection& selection, F meanwhile) {
   const Limit& limit = call.limit;
   if (limit.thresholds) return limit.thresholds[sample * limit.threshold_stride];
   if (!limit.by_quantile) return limit.threshold;
-  if (values.count() <= kLossThreads * kFewPerThread) {
+  if (kSearch == Search::few || (kSearch == Search::alone && values.count() <= kLossThreads * kFewPerThread)) {
     return quantile_of_few<kLossThreads>(values, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection, meanwhile);
   }
   meanwhile();
-  if constexpr (!kTeams) {
+  if constexpr (kSearch != Search::teams) {
     return team_quantile<kLossThreads>(values, OneBlock{}, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection);
   }
   LimitTeam team{nullptr, 0, 1};
@@ -144,8 +149,9 @@ __device__ __forceinline__ void prefetch_rows(const LossCall& call, const Plane&
   const uint32_t end = min(strip + run.end - run.begin, uint32_t(call.strips));  // of the first sample's
   const uint32_t top = strip * kWarp / call.items_across, bottom = (end * kWarp - 1) / call.items_across;
   const uint32_t bands = bottom - top + 1;
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < min(bands * call.item_rows * row_lines, kPrefetchedLines); i += kLossThreads) {
-    const uint32_t row = i / row_lines, y = (top + row % bands) * call.item_rows + row / bands;
+    const uint32_t row = i / row_lines, down = row / bands, y = (top + row - down * bands) * call.item_rows + down;
     const int64_t offset = sample * plane.sample_stride + y * plane.row_stride;
     if (y < call.rows) prefetch(static_cast<const char*>(plane.data) + offset * bytes + (i - row * row_lines) * kLineBytes);
   }
@@ -166,16 +172,15 @@ __device__ __forceinline__ void begin_strips(const LossCall& call, StripRun& run
 
 constexpr int kLimitsAtOnce = 8;  // samples whose thresholds a block finds before it sums their strips
 
-// The sums of strips [begin, end), the first of which is of sample `first`, whose threshold is limits[0].
+// The sums of strips [begin, end). A sample's threshold is limits[sample % kLimitsAtOnce].
 template <class Way>
-__device__ __forceinline__ void sum_strips(const LossCall& call, int first, int begin, int end, const float (&limits)[kLimitsAtOnce]) {
+__device__ __forceinline__ void sum_strips(const LossCall& call, int begin, int end, const float (&limits)[kLimitsAtOnce]) {
   for (int strip = begin + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
-    int sample = first;
-    while (strip >= (sample + 1) * call.strips) ++sample;
+    const int sample = strip / call.strips;
     ItemSums<typename Way::Label> sums;
     const uint32_t item = uint32_t(strip - sample * call.strips) * kWarp + threadIdx.x % kWarp;
     if (item < call.items) {
-      sums.bad_target = Way::walk(call, sample, Item(call, item, Way::kColumns), limits[sample - first],
+      sums.bad_target = Way::walk(call, sample, Item(call, item, Way::kColumns), limits[sample % kLimitsAtOnce],
                                   [&](int, const auto& pixel) { sums.add(pixel, call.options); },
                                   [&](uint32_t) { sums.end_row(); });
     }
@@ -184,9 +189,9 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, int first, int 
   }
 }
 
-// Calls sum(first sample, begin, end, limits) for the strips of `run`, some samples after the other.
+// Calls sum(begin, end, limits) for the strips of `run`, some samples after the other.
 // kFloatMap: the map consists of contiguous floats, or has rows of them.
-template <bool kFloatMap, bool kTeams, bool kPrefetch, class F>
+template <bool kFloatMap, Search kSearch, bool kPrefetch, class F>
 __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, Selection& selection, F sum) {
   AML_SHARED(limits, float[kLimitsAtOnce]);
   while (run.begin < run.end) {
@@ -198,17 +203,17 @@ __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, 
       };
       if constexpr (kFloatMap) {
         const SampleValues<float> values(call.similarity, call.limit.map_valid, sample);
-        limit = find_limit<kTeams>(call, values, sample, selection, meanwhile);
+        limit = find_limit<kSearch>(call, values, sample, selection, meanwhile);
       } else {
-        limit = find_limit<kTeams>(call, MapValues{call.similarity, call.limit.map_valid, sample}, sample, selection, meanwhile);
+        limit = find_limit<kSearch>(call, MapValues{call.similarity, call.limit.map_valid, sample}, sample, selection, meanwhile);
       }
       if (threadIdx.x == 0) {
-        limits[sample - first] = limit;
+        limits[sample % kLimitsAtOnce] = limit;
         if (run.begin <= sample * call.strips) call.sums[int64_t(sample) * kSumColumns + kThreshold] = limit;
       }
     }
     __syncthreads();
-    sum(first, run.begin, min(run.end, (last + 1) * call.strips), limits);
+    sum(run.begin, min(run.end, (last + 1) * call.strips), limits);
     __syncthreads();
     if (threadIdx.x == 0) run.begin = min(run.end, (last + 1) * call.strips);
     __syncthreads();
