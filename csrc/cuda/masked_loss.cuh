@@ -28,7 +28,7 @@ auto with_kernel(const LossCall& call, F f) {
 
 // Divides the work and returns the bytes of scratch that launch_masked_loss needs.
 inline int64_t prepare_masked_loss(LossCall& call) {
-  return with_kernel(call, [&](auto way, auto search) {
+  return with_kernel(call, [&]([[maybe_unused]] auto way, [[maybe_unused]] auto search) {
     using Way = decltype(way);
     return divide_loss<Way>(call, AML_RESIDENT_BLOCKS(kLossThreads, 0, masked_loss_forward<Way, search()>), true);
   });
@@ -37,7 +37,7 @@ inline int64_t prepare_masked_loss(LossCall& call) {
 // One launch. `scratch`: 16-byte aligned, not initialised.
 inline cudaError_t launch_masked_loss(LossCall call, void* scratch, cudaStream_t stream) {
   use_scratch(call, scratch);
-  return with_kernel(call, [&](auto way, auto search) {
+  return with_kernel(call, [&]([[maybe_unused]] auto way, [[maybe_unused]] auto search) {
     return AML_LAUNCH_COOPERATIVE(dim3(unsigned(call.blocks)), dim3(kLossThreads), 0, stream,
                                   masked_loss_forward<decltype(way), search()>, call);
   });
