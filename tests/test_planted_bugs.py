@@ -52,7 +52,7 @@ BUGS = {
     ),
     "missing barrier between histograms": Bug(
         "quantile", "few_values.cuh", "}\n    __syncthreads();\n    const WarpBins all(bins);",
-        "}\n    const WarpBins all(bins);", "plain", "quantile of few", WRONG,
+        "}\n    const WarpBins all(bins);", "races", "quantile of few", RACE,
     ),
     "missing barrier before copies are read": Bug(
         "similarity", "similarity_backward.cuh",

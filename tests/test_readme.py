@@ -1,5 +1,6 @@
 """What the pages show works: code runs, commands, targets and variables exist, links lead somewhere."""
 
+import itertools
 import json
 import re
 import shlex
@@ -77,6 +78,22 @@ def test_the_table_is_that_of_the_stored_rows(monkeypatch):
 
     report = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
     assert tables.readme(report) in (ROOT / "README.md").read_text(), "run benchmarks/plot.py"
+
+
+def test_the_figures_of_a_gpu_are_those_of_the_stored_rows():
+    rows = json.loads((ROOT / "benchmarks/results/cuda-goal.json").read_text())["rows"]
+    lines, text = [], (ROOT / "README.md").read_text()
+    operators, types = ("masked_loss", "aml_loss"), {"float32": "fp32", "bfloat16": "bf16"}
+    for op, dtype, backward in itertools.product(operators, types, ("", "+backward")):
+        ms = {
+            row["provider"]: row["p50_ms"] for row in rows
+            if (row["op"], row["dtype"], row["pass"]) == (op, dtype, f"forward{backward}")
+        }
+        times = " / ".join(f"{ms[name] / ms['cuda']:.{1 if name == 'compile' else 0}f}" for name in list(ms)[:3])
+        numbers = " | ".join(f"{value:#.3g}" for value in ms.values())
+        name = "" if backward else f"`{op}`, {types[dtype]}"
+        lines.append(f"| {name} | {'+ backward' if backward else 'forward'} | {numbers} | {times} |")
+    assert [line for line in lines if line not in text] == []
 
 
 def test_every_environment_variable_is_in_the_table():
