@@ -29,8 +29,9 @@ EXPECTED = {
     f"{ODD}, backward": Expected(["masked_loss_backward_pixels"], {"logits", "target"}, 1.9),
     "`masked_loss`, forward": Expected(["masked_loss_forward"], {"logits", "target"}, 2.0),
     "`masked_loss`, backward": Expected(["masked_loss_backward_pixels"], {"logits", "target"}, 1.6),
-    "`pixel_text_similarity`, forward": Expected(["similarity_forward"], {"visual"}, 1.3),
-    "`pixel_text_similarity`, backward": Expected(["similarity_coefficients", "similarity_gradients"], set(), 2.6, 1.4),
+    # 64 channels, 20 words: each of the 8 tiles of a sample reads the words, all but one out of the cache.
+    "`pixel_text_similarity`, forward": Expected(["similarity_forward"], {"visual"}, 1.5),
+    "`pixel_text_similarity`, backward": Expected(["similarity_coefficients", "similarity_gradients"], set(), 2.7, 1.4),
     "`sample_quantile`, short, forward": Expected(["quantile_by_block"], set(), 3.01),
     "`sample_quantile`, long, forward": Expected(["quantile_by_team"], set(), 4.4, 1.4),
     "`filter_regions`, forward": Expected(["filter_image_regions"], {"image"}, 1.2),
