@@ -1,6 +1,6 @@
-// Pixels compared with words: norms and dot products out of one reading of `visual`, in plain multiply-adds. Tensor cores
-// would not pay: with the few real words of a sentence the reading is what takes time; fp32 features keep all their bits,
-// and sums are in fp32 and in one order on every device.
+// Pixels compared with words: norms and dot products out of one reading of `visual`, in plain multiply-adds rather than by
+// tensor cores: fp32 features keep all their bits, and sums are in fp32 and in one order on every device. On an H100 it is
+// these instructions, not the reading, that take the time.
 //
 // A block takes a tile of 32 cells. Its warps divide the channels, 32 bytes of them at a time, and each has a pipeline of
 // its own: features come past the registers to its part of shared memory, two steps ahead, and words through registers,
@@ -31,10 +31,10 @@ struct StepFeatures {
 
 // Shared memory of a tile: of each warp's pipeline, and then of the sums.
 struct ComparisonTile {
-  static constexpr int kRowBytes = sizeof(StepFeatures<bf16>);
-  static_assert(sizeof(StepFeatures<float>) <= kRowBytes && sizeof(StepFeatures<f16>) == kRowBytes, "room for any type");
+  static constexpr int kStepBytes = sizeof(StepFeatures<bf16>);
+  static_assert(sizeof(StepFeatures<float>) <= kStepBytes && sizeof(StepFeatures<f16>) == kStepBytes, "room for any type");
   struct Pipeline {
-    alignas(16) unsigned char features[kStages][kRowBytes];
+    alignas(16) unsigned char features[kStages][kStepBytes];
     alignas(16) float words[kTileWords][kPart + 4];
   };
   union {

@@ -7,6 +7,9 @@
 namespace aml::cuda {
 
 constexpr int kFewPerThread = 4;
+template <int kThreads>
+__host__ __device__ constexpr bool is_few(int64_t values) { return values <= kThreads * kFewPerThread; }
+
 constexpr int kByteBins = 256, kBytes = 4;
 static_assert(kByteBins * kBytes < kBins, "the histograms, and a number behind them, fit where longer ones would be");
 
@@ -46,7 +49,7 @@ struct WarpBins {
   }
 };
 
-// The q-quantile of values.count() <= kThreads * kFewPerThread values, in every thread: team_quantile of one block.
+// The q-quantile of few values, in every thread: team_quantile of one block.
 // Calls meanwhile() while the values are on their way.
 template <int kThreads, class Values, class F>
 __device__ __forceinline__ float quantile_of_few(const Values& values, float q, Interpolation interpolation, bool rank_in_fp64,
@@ -101,7 +104,7 @@ __device__ __forceinline__ float quantile_of_few(const Values& values, float q, 
 // The q-quantile of a sample's values by one block: team_quantile of that block, the faster way.
 template <int kThreads, class Values>
 __device__ float block_quantile(const Values& values, float q, Interpolation interpolation, bool rank_in_fp64, Selection& s) {
-  if (values.count() <= kThreads * kFewPerThread) {
+  if (is_few<kThreads>(values.count())) {
     return quantile_of_few<kThreads>(values, q, interpolation, rank_in_fp64, s, [] {});
   }
   return team_quantile<kThreads>(values, OneBlock{}, q, interpolation, rank_in_fp64, s);

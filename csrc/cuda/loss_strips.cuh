@@ -96,10 +96,8 @@ struct MapValues {
   }
 };
 
-// How a kernel finds thresholds: of few values, of many by teams or alone, or either way but alone.
+// How a kernel finds thresholds: of few values, of many by teams or alone, or of either alone.
 enum class Search { few, teams, alone };
-
-inline bool has_few_values(const Plane& map) { return map.rows * map.columns <= kLossThreads * kFewPerThread; }
 
 // By all threads of the block; of all blocks where they are teams. Calls meanwhile() where there is a search.
 template <Search kSearch, class Values, class F>
@@ -107,7 +105,7 @@ __device__ __forceinline__ float find_limit(const LossCall& call, const Values& 
   const Limit& limit = call.limit;
   if (limit.thresholds) return limit.thresholds[sample * limit.threshold_stride];
   if (!limit.by_quantile) return limit.threshold;
-  if (kSearch == Search::few || (kSearch == Search::alone && values.count() <= kLossThreads * kFewPerThread)) {
+  if (kSearch == Search::few || (kSearch == Search::alone && is_few<kLossThreads>(values.count()))) {
     return quantile_of_few<kLossThreads>(values, limit.quantile, Interpolation::linear, limit.rank_in_fp64, selection, meanwhile);
   }
   meanwhile();
@@ -191,7 +189,7 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, int begin, int 
 
 // Calls sum(begin, end, limits) for the strips of `run`, some samples after the other.
 // kFloatMap: the map consists of contiguous floats, or has rows of them.
-template <bool kFloatMap, Search kSearch, bool kPrefetch, class F>
+template <bool kFloatMap, Search kSearch, class F>
 __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, Selection& selection, F sum) {
   AML_SHARED(limits, float[kLimitsAtOnce]);
   while (run.begin < run.end) {
@@ -199,7 +197,7 @@ __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, 
     for (int sample = first; sample <= last; ++sample) {
       float limit;
       const auto meanwhile = [&] {
-        if (kPrefetch && sample == first) prefetch_rows(call, run);
+        if (kSearch != Search::alone && sample == first) prefetch_rows(call, run);
       };
       if constexpr (kFloatMap) {
         const SampleValues<float> values(call.similarity, call.limit.map_valid, sample);
@@ -213,6 +211,7 @@ __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, 
       }
     }
     __syncthreads();
+    // Computed twice: kept in a register meanwhile, it would be the one too many.
     sum(run.begin, min(run.end, (last + 1) * call.strips), limits);
     __syncthreads();
     if (threadIdx.x == 0) run.begin = min(run.end, (last + 1) * call.strips);

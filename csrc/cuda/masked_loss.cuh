@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
   begin_strips(call, run);
   constexpr Search kSearch = kFew ? Search::few : Search::teams;
-  run_strips<!std::is_same_v<Way, General>, kSearch, true>(call, run, selection, [&](int begin, int end, const auto& limits) {
+  run_strips<!std::is_same_v<Way, General>, kSearch>(call, run, selection, [&](int begin, int end, const auto& limits) {
     sum_strips<Way>(call, begin, end, limits);
   });
   finish_loss(call);
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked
 template <class F>
 auto with_kernel(const LossCall& call, F f) {
   return with_way(call, [&](auto way) {
-    return has_few_values(call.similarity) ? f(way, std::true_type())
-                                           : f(way, std::false_type());
+    const bool few = is_few<kLossThreads>(call.similarity.rows * call.similarity.columns);
+    return few ? f(way, std::true_type()) : f(way, std::false_type());
   });
 }
 
