@@ -62,7 +62,7 @@ struct SimilarityCall {
   bool normalize, softmax;
   bool gradient_channels_first;  // layout of the gradient: [B, C, pixels] or [B, pixels, C]
   T scale;
-  int64_t tile_pixels;     // pixels of a tile: as many as keep its features in the L2 cache
+  int64_t tile_pixels;     // pixels of a tile
 };
 
 constexpr int64_t kPanelRest = 32;  // elements behind the unit words that may be read with the last of them

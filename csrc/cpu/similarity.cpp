@@ -7,12 +7,20 @@ namespace aml::cpu {
 
 namespace {
 
-constexpr int64_t kTileBytes = 512 * 1024;  // features of a tile: they are read twice, the second time from the cache
+constexpr int64_t kForwardPixels = 512;  // of a tile; the longer its rows, the fewer pages of memory are met again
+constexpr int64_t kBackwardPixels = 256, kBackwardBytes = 512 * 1024;  // its features are read twice, then from the cache
 constexpr int64_t kTilesPerTask = 4;
+
+// The pixels of a sample in tiles of the same size, at most `most` of them before rounding up to an odd number of
+// vectors: rows of scratch memory that are a power of two apart would share a few sets of the L1 cache.
+int64_t tile_pixels(int64_t pixels, int64_t most) {
+  const int64_t tiles = (pixels + most - 1) / most;
+  return ((pixels + tiles - 1) / tiles + 15) / 16 * 16 | 16;
+}
 
 template <class T>
 SimilarityCall<T> make_call(const Tensor& visual, const Tensor& text, const OptionalTensor& text_mask,
-                            const SimilarityOptions& options) {
+                            const SimilarityOptions& options, bool backward) {
   const bool grid = visual.dim() == 4;
   require(grid || visual.dim() == 3, "visual: expected [B, C, h, w] or [B, N, C]");
   SimilarityCall<T> call{};
@@ -34,9 +42,9 @@ SimilarityCall<T> make_call(const Tensor& visual, const Tensor& text, const Opti
   call.softmax = options.softmax;
   call.scale = T(options.scale);
   call.gradient_channels_first = grid;
-  const int64_t fitting = kTileBytes / int64_t(sizeof(T)) / call.channels / 64 * 64;
-  const int64_t pixels = (call.visual.rows * call.visual.columns + 63) / 64 * 64;
-  call.tile_pixels = std::max<int64_t>(64, std::min<int64_t>({256, fitting, pixels}));
+  const int64_t fitting = std::max<int64_t>(64, kBackwardBytes / int64_t(sizeof(T)) / call.channels);
+  call.tile_pixels = tile_pixels(call.visual.rows * call.visual.columns,
+                                 backward ? std::min(kBackwardPixels, fitting) : kForwardPixels);
   return call;
 }
 
@@ -189,7 +197,7 @@ Tensor similarity_map(const Tensor& visual, const Tensor& text, const OptionalTe
                       const SimilarityOptions& options) {
   return with_compute_type(type_of(visual), [&](auto t) {
     using T = decltype(t);
-    return forward<T>(visual, make_call<T>(visual, text, text_mask, options));
+    return forward<T>(visual, make_call<T>(visual, text, text_mask, options, false));
   });
 }
 
@@ -201,7 +209,7 @@ std::tuple<Tensor, Tensor> pixel_text_similarity_backward(Tensor grad, Tensor vi
                                                           bool normalize, double scale, bool softmax) {
   return with_compute_type(type_of(visual), [&](auto t) {
     using T = decltype(t);
-    return backward<T>(grad, visual, text, make_call<T>(visual, text, text_mask, {normalize, scale, softmax}));
+    return backward<T>(grad, visual, text, make_call<T>(visual, text, text_mask, {normalize, scale, softmax}, true));
   });
 }
 
