@@ -168,10 +168,12 @@ def test_chart_of_stored_rows(without_compile, tmp_path):
 
 
 def test_what_a_size_takes_beyond_its_share():
-    """Of sizes in any order: the second is dearer per pixel than the first by a half, the third than it by nothing."""
-    times = {4_000_000: 10.0, 1_000_000: 2.0, 2_000_000: 6.0}
+    """Two images cost a tenth more per pixel than one; one of twice the size a half more, and the largest not that."""
+    costs = {(1, 4): 2.5, (1, 1): 2.0, (1, 2): 3.0, (2, 1): 2.2}  # (images, million pixels each): ns per pixel
     rows = [
-        {"op": "op", "pass": "forward", "provider": "cpu", "sweep": True, "pixels": pixels, "p50_ms": time}
-        for pixels, time in times.items()
+        {
+            "op": "op", "pass": "forward", "provider": "cpu", "sweep": True, "batch": batch,
+            "pixels": batch * size * 1_000_000, "p50_ms": cost * batch * size,
+        } for (batch, size), cost in costs.items()
     ]
-    assert "| 2.00, 2.50, 3.00 | 1.50 | 50% |" in tables.linearity(rows)
+    assert "| 2.00, 2.50, 3.00 | 1.50 | 10% | 50% |" in tables.linearity(rows)

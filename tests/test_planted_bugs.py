@@ -24,7 +24,7 @@ RACE = "ThreadSanitizer: data race"
 
 
 class Bug(NamedTuple):
-    operator: str  #: the .cu that is compiled
+    operator: str  #: whose .cu is compiled
     header: str  #: the source that is changed
     right: str
     wrong: str
@@ -168,7 +168,7 @@ def sources(tmp_path_factory):
     folders = {name: planted(bug, tmp_path_factory.mktemp("sources")) for name, bug in BUGS.items()}
     for name, bug in BUGS.items():
         if not builds.missing(bug.run):
-            builds.start(bug.run, folders[name], (f"{bug.operator}.cu",))
+            builds.start(bug.run, folders[name], builds.files_of(bug.operator))
     return folders
 
 
@@ -177,7 +177,7 @@ def test_the_bug_is_caught(sources, name):
     bug = BUGS[name]
     if reason := builds.missing(bug.run):
         pytest.skip(reason)
-    emulated = Emulated(bug.run, sources[name], (f"{bug.operator}.cu",))
+    emulated = Emulated(bug.run, sources[name], builds.files_of(bug.operator))
     found = outcome(emulated, bug.case)
     emulated.close()
     assert found, f"no schedule of the {bug.run} run shows it in the case {bug.case!r}"
@@ -188,7 +188,7 @@ def test_the_bug_is_caught(sources, name):
 def test_without_it_nothing_is_found(run, operator, case):
     if reason := builds.missing(run):
         pytest.skip(reason)
-    emulated = Emulated(run, builds.ROOT, (f"{operator}.cu",))
+    emulated = Emulated(run, builds.ROOT, builds.files_of(operator))
     found = outcome(emulated, case)
     emulated.close()
     assert found is None, found

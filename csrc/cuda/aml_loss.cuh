@@ -70,4 +70,12 @@ cudaError_t launch_aml_loss(AmlCall call, void* scratch, cudaStream_t stream) {
   });
 }
 
+// Instantiated in a file for each type of features: the 21 kernels in one would take most of the time of a build.
+extern template int64_t prepare_aml_loss<float>(AmlCall&);
+extern template int64_t prepare_aml_loss<bf16>(AmlCall&);
+extern template int64_t prepare_aml_loss<f16>(AmlCall&);
+extern template cudaError_t launch_aml_loss<float>(AmlCall, void*, cudaStream_t);
+extern template cudaError_t launch_aml_loss<bf16>(AmlCall, void*, cudaStream_t);
+extern template cudaError_t launch_aml_loss<f16>(AmlCall, void*, cudaStream_t);
+
 }  // namespace aml::cuda

@@ -131,6 +131,11 @@ def _started(pool: ThreadPoolExecutor, make: Callable[..., Path], *arguments) ->
         return _futures[make, arguments]
 
 
+def files_of(operator: str, root: Path = ROOT) -> tuple[str, ...]:
+    """Its .cu, and those of its kernels where they are in files of their own."""
+    return tuple(sorted(path.name for path in (root / "csrc" / "cuda").glob(f"{operator}*.cu")))
+
+
 def start(mode: str, root: Path = ROOT, files: tuple[str, ...] = ()) -> "Future[Path]":
     """Compile in the background: `files` of csrc/cuda under `root`; all of them, if none are named."""
     return _started(_libraries, _library, mode, root, files)

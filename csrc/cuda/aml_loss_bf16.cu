@@ -1,0 +1,9 @@
+// The kernels of aml_loss for features in bf16.
+#include "aml_loss.cuh"
+
+namespace aml::cuda {
+
+template int64_t prepare_aml_loss<bf16>(AmlCall&);
+template cudaError_t launch_aml_loss<bf16>(AmlCall, void*, cudaStream_t);
+
+}  // namespace aml::cuda
