@@ -132,7 +132,8 @@ def benchmark(
         rows = [
             {
                 "op": workload.op, "case": workload.case, "dtype": workload.dtype, "pass": name, "provider": who,
-                "pixels": workload.pixels, "sweep": workload.sweep, "goal": workload.goal,
+                "batch": len(workload.inputs[0]), "pixels": workload.pixels,
+                "sweep": workload.sweep, "goal": workload.goal,
                 "p20_ms": times[who][0] * 1e3, "p50_ms": times[who][1] * 1e3, "p80_ms": times[who][2] * 1e3,
                 "samples": len(seconds[who]),
                 "times_faster_than": {other: times[other][1] / times[who][1] for other in calls if other != who},

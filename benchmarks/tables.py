@@ -1,6 +1,8 @@
 """The report as Markdown."""
 
+import math
 import operator
+from collections.abc import Callable
 
 PEERS = ("eager", "torch", "compile")
 
@@ -134,21 +136,26 @@ def readme(report: dict) -> str:
 
 
 def linearity(rows: list[dict]) -> str:
-    """Nanoseconds per pixel over the sweep, and by how much a size costs more per pixel than any smaller one."""
+    """Nanoseconds per pixel over the sweep, and by how much a size costs more per pixel than any smaller one.
+
+    Only sizes of one kind are compared, more images of one size or larger ones in a batch of one size: as many pixels
+    in more images are also more words, thresholds and samples to divide among threads.
+    """
     lines = ["", "Nanoseconds per pixel over the sweep (smallest, median, largest), largest over smallest, and by how"]
-    lines += ["much a size is beyond its share of a smaller one's time (0: time grows no faster than pixels):", ""]
-    lines += [_line(["op", "pass", "provider", "ns per pixel", "spread", "beyond"]), _line(["---"] * 3 + ["--:"] * 3)]
-    costs: dict[tuple, list[tuple[int, float]]] = {}
+    lines += ["much more images, and larger ones, are beyond their share of the time of fewer or smaller ones (0: time"]
+    lines += ["grows no faster than pixels):", ""]
+    lines += [_line(["op", "pass", "provider", "ns per pixel", "spread", "more", "larger"])]
+    lines += [_line(["---"] * 3 + ["--:"] * 4)]
+    sizes: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["sweep"]:
-            key = (row["op"], row["pass"], row["provider"])
-            costs.setdefault(key, []).append((row["pixels"], 1e6 * row["p50_ms"] / row["pixels"]))
-    for key, sizes in costs.items():
-        values = [cost for _, cost in sorted(sizes)]
-        low, middle, high = min(values), sorted(values)[len(values) // 2], max(values)
-        beyond = max(cost / min(values[: i + 1]) - 1 for i, cost in enumerate(values))
-        cells = [f"{low:.2f}, {middle:.2f}, {high:.2f}", f"{high / low:.2f}", f"{beyond:.0%}"]
-        lines.append(_line([*key, *cells]))
+            sizes.setdefault((row["op"], row["pass"], row["provider"]), []).append(row)
+    for key, group in sizes.items():
+        values = sorted(_cost(row) for row in group)
+        more = _beyond(group, lambda row: row["pixels"] // row["batch"])
+        larger = _beyond(group, lambda row: row["batch"])
+        cells = [f"{values[0]:.2f}, {values[len(values) // 2]:.2f}, {values[-1]:.2f}", f"{values[-1] / values[0]:.2f}"]
+        lines.append(_line([*key, *cells, f"{more:.0%}", f"{larger:.0%}"]))
     return "\n".join(lines)
 
 
@@ -177,6 +184,19 @@ def memory(rows: list[dict]) -> str:
             sizes = (f"{row[key] / 1e6:.2f}" for key in ("extra_memory_bytes", "resident_memory_bytes"))
             lines.append(_line([*(row[key] for key in ("op", "case", "dtype", "pass", "provider")), *sizes]))
     return "\n".join(lines)
+
+
+def _beyond(rows: list[dict], kind: Callable[[dict], int]) -> float:
+    """Of rows of one kind, the largest share by which one costs more per pixel than one with fewer pixels."""
+    most, least = 0.0, {}
+    for row in sorted(rows, key=lambda row: row["pixels"]):
+        least[kind(row)] = min(least.get(kind(row), math.inf), _cost(row))
+        most = max(most, _cost(row) / least[kind(row)] - 1)
+    return most
+
+
+def _cost(row: dict) -> float:
+    return 1e6 * row["p50_ms"] / row["pixels"]
 
 
 def _time(row: dict | None) -> str:

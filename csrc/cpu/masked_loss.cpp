@@ -5,7 +5,7 @@ namespace aml::cpu {
 
 namespace {
 
-constexpr int64_t kTaskPixels = 32768;  // of the target, in a task
+constexpr int64_t kTaskPixels = 32768;  // of the target, in a task, about
 enum Reduction : int64_t { kMean, kSum, kNone };
 enum SumColumn : int64_t { kThreshold, kBce, kDice, kWeight, kP, kY, kPy, kSumColumns };
 
@@ -16,10 +16,12 @@ class Prepared {
   Prepared(const Plane& logits, const Plane& target, const Plane& similarity, const Plane& valid, bool protect,
            const LossWeights& weights, const T* limits)
       : rows_(target.rows), columns_(target.columns), logits_(logits, true, *this), similarity_(similarity, false, *this) {
+    // The rows of a sample in tasks of the same size, however many threads there are: that decides the order of sums.
+    const int64_t tasks = (rows_ * columns_ + kTaskPixels - 1) / kTaskPixels;
     const LossOptions<T> options{T(weights.bce), T(weights.dice), T(weights.negative), T(weights.positive), T(weights.smooth)};
     call = {logits, target, similarity, valid, rows_, columns_, logits_.rows.axis(), logits_.columns.axis(),
             similarity_.rows.axis(), similarity_.columns.axis(), limits, protect, options,
-            std::max<int64_t>(1, kTaskPixels / columns_)};
+            (rows_ + tasks - 1) / tasks};
   }
 
   MaskedLossCall<T> call;
@@ -113,7 +115,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& target, 
   for (int64_t b = 0; b < samples; ++b) limits[b] = sum[b * kSumColumns + kThreshold];
   const Prepared<T> prepared(plane(logits), plane(target), similarity, plane(valid), protect, weights, limits);
   MaskedLossCall<T> call = prepared.call;
-    // A task computes the pixels between its rows of logits and one row of neighbours on each side.
+  // A task computes the pixels between its rows of logits and one row of neighbours on each side.
   if (resizes(call.logits, call.rows, call.columns)) {
     call.rows_per_task = std::max<int64_t>(1, call.rows_per_task * call.logits.rows / call.rows);
   }
