@@ -51,9 +51,17 @@ def main() -> None:
     print(options.output)
     if (options.results, options.output) == (RESULTS, CHART):
         page = ROOT / "README.md"
-        page.write_text(re.sub(r"^\|[^\n]*`torch\.compile`.*?\n(?!\|)", tables.readme(report) + "\n", page.read_text(),
-                               count=1, flags=re.DOTALL | re.MULTILINE))
+        page.write_text(with_table(page.read_text(), tables.readme(report)))
         print(page)
+
+
+def with_table(page: str, table: str) -> str:
+    """The Markdown `page` with `table` in place of its table with the same heading."""
+    heading = re.escape(table.partition("\n")[0])
+    changed, found = re.subn(rf"^{heading}\n(\|.*\n)*", lambda _: table + "\n", page, flags=re.MULTILINE)
+    if found != 1:
+        raise SystemExit(f"README.md: expected one table headed {table.partition(chr(10))[0]}, found {found}")
+    return changed
 
 
 def draw(report: dict, output: Path) -> None:

@@ -167,6 +167,19 @@ def test_chart_of_stored_rows(without_compile, tmp_path):
     assert json.loads((tmp_path / "results/cpu.json").read_text())["rows"] == report["rows"]
 
 
+def test_of_the_tables_of_a_page_one_is_written_anew():
+    pytest.importorskip("matplotlib")
+    import plot
+
+    others = "|  | gpu |\n| --- | --- |\n| a | 1 |\n\ntext\n\n"
+    page = others + "|  | cpu |\n| --- | --- |\n| a | 2 |\n| b | 3 |\n\nmore\n"
+    assert plot.with_table(page, "|  | cpu |\n| --- | --- |\n| c | 4 |") == (
+        others + "|  | cpu |\n| --- | --- |\n| c | 4 |\n\nmore\n"
+    )
+    with pytest.raises(SystemExit, match="expected one table headed"):
+        plot.with_table(others, "|  | cpu |\n| --- | --- |")
+
+
 def test_what_a_size_takes_beyond_its_share():
     """Two images cost a tenth more per pixel than one; one of twice the size a half more, and the largest not that."""
     costs = {(1, 4): 2.5, (1, 1): 2.0, (1, 2): 3.0, (2, 1): 2.2}  # (images, million pixels each): ns per pixel
