@@ -121,7 +121,7 @@ BUGS = {
         "plain", "region filter", WRONG,
     ),
     "more blocks than run at once": Bug(
-        "masked_loss", "loss_strips.cuh", "std::min<int64_t>(grouped ? each : resident, call.group_strips)",
+        "masked_loss", "loss_division.cuh", "std::min<int64_t>(grouped ? each : resident, call.group_strips)",
         "call.group_strips", "plain", "loss of samples each",
         "are resident together",
     ),

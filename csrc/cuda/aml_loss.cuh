@@ -9,7 +9,7 @@
 // no registers for what the branches have in common.
 #pragma once
 
-#include "loss_strips.cuh"
+#include "loss_division.cuh"
 #include "similarity.cuh"
 
 namespace aml::cuda {

@@ -1,7 +1,7 @@
 // masked_loss on a GPU, forward, in one launch.
 #pragma once
 
-#include "loss_strips.cuh"
+#include "loss_division.cuh"
 
 namespace aml::cuda {
 

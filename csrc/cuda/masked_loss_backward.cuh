@@ -2,7 +2,7 @@
 // logits is written. This kernel is for logits of the target's size; masked_loss_gather.cuh for those that are resized.
 #pragma once
 
-#include "loss_strips.cuh"
+#include "loss_division.cuh"
 
 namespace aml::cuda {
 
