@@ -5,7 +5,7 @@ One abi3 file serves every CPython from 3.10 and every PyTorch from 2.10, with C
 AML_KERNELS_CUDA        unset: CUDA kernels if nvcc is found; 0: none; 1: it is an error if they cannot be built
 AML_KERNELS_EXTENSION   unset: the package works without the extension, slower; 0: do without; 1: it is an error
 CUDA_HOME               where the CUDA toolkit is, if nvcc is neither beside PyTorch nor on PATH
-TORCH_CUDA_ARCH_LIST    GPUs to build for; unset: those of this host, and without one those of ARCHITECTURES
+TORCH_CUDA_ARCH_LIST    GPUs to build for; unset: those of this host, and without one 8.0, 9.0 and later
 """
 
 import os
@@ -19,7 +19,8 @@ import torch
 from setuptools import setup
 
 HERE = Path(__file__).resolve().parent
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # 8.6 and 8.9 run the code for 8.0; what comes after 10.0 is compiled by the driver
+# 8.6 and 8.9 run the code for 8.0; what comes after the last is compiled by the driver. nvcc knows 10.0 since 12.8.
+ARCHITECTURES, OLDER_ARCHITECTURES = "8.0;9.0;10.0+PTX", "8.0;9.0+PTX"
 
 
 def switch(name: str) -> str:
@@ -53,6 +54,14 @@ class Toolkit:
         self.library = next((f for f in folders if (f / "libcudart_static.a").exists()), None)
         if self.library is None:
             raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))}; {self.install}")
+        self.architectures = ARCHITECTURES if self.release >= (12, 8) else OLDER_ARCHITECTURES
+        if torch.cuda.is_available() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+            if oldest < (8, 0):
+                raise RuntimeError(
+                    f"a GPU of this host has compute capability {oldest[0]}.{oldest[1]}, and the kernels need 8.0; "
+                    "TORCH_CUDA_ARCH_LIST=8.0 builds for others"
+                )
 
     def _find(self) -> Path:
         given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -63,14 +72,15 @@ class Toolkit:
         versions = []
         for nvcc in filter(Path.exists, places):
             answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-            version = re.search(r"release (\d+)(\.\d+)", answer)
+            version = re.search(r"release (\d+)\.(\d+)", answer)
             if version and version[1] == self.major:
+                self.release = int(version[1]), int(version[2])
                 # The one on PATH can be a script that calls another: ask where the toolkit is.
                 plan = [nvcc, "--dryrun", "-x", "cu", os.devnull]
                 told = subprocess.run(plan, capture_output=True, text=True, cwd=HERE).stderr
                 top = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
                 return Path(top[1]).resolve() if top else nvcc.parent.parent
-            versions.append(f"{nvcc} is of CUDA {version[1] + version[2] if version else 'unknown'}")
+            versions.append(f"{nvcc} is of CUDA {'.'.join(version.groups()) if version else 'unknown'}")
         found = "; ".join(versions) or f"nvcc was not found ({', '.join(map(str, places))})"
         raise RuntimeError(f"{found}; this PyTorch needs CUDA {self.major}: {self.install}, or set CUDA_HOME")
 
@@ -91,7 +101,7 @@ TOOLKIT = toolkit()
 if TOOLKIT:
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)  # read by the import that follows, which would guess from PATH
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", TOOLKIT.architectures)
 
 from torch.utils import cpp_extension  # noqa: E402
 

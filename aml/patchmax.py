@@ -2,8 +2,8 @@
 
     visual [B, C, h, w], text [B, L, D] -> projection -> `aml_kernels.pixel_text_similarity` -> map [B, h, w]
 
-What the projections are worth is measured by `aml alignment-report` and told in docs/alignment.md: untrained ones point
-at the target no better than chance.
+What the projections are worth is measured by `aml alignment-report` and told in docs/alignment.md: untrained ones know
+nothing of the sentence.
 
 Source: Chen et al., "AMLRIS: Alignment-aware Masked Learning for Referring Image Segmentation", ICLR 2026. Theirs are
 the idea and the Gaussian projection; learning the projection through the map is ours.

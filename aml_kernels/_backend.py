@@ -1,5 +1,6 @@
 """Which code runs a call: the fastest back end for the tensors' device, unless one is asked for."""
 
+import importlib
 import importlib.util
 import os
 
@@ -7,18 +8,31 @@ import torch
 from torch import Tensor
 
 try:
-    # Registers the C++ kernels of the operators; compiled, so that there is no source to take types from.
-    from . import _C  # type: ignore[attr-defined]
+    _C = importlib.import_module(f"{__package__}._C")  # registers the C++ kernels of the operators
 
     EXTENSION_MISSING = None
     CUDA_MISSING = None if getattr(_C, "cuda_architectures", tuple)() else (
         "the extension aml_kernels._C was built without CUDA; `pip install .` builds it in where nvcc is at hand, and "
         "AML_KERNELS_CUDA=1 makes it fail, saying why, where not"
     )
+except ModuleNotFoundError:
+    EXTENSION_MISSING = CUDA_MISSING = (
+        "the extension aml_kernels._C was not built; `pip install .` builds it where a C++ compiler is at hand, and "
+        "AML_KERNELS_EXTENSION=1 makes it fail, saying why, where not"
+    )
 except ImportError as error:
     EXTENSION_MISSING = CUDA_MISSING = (
-        f"the extension aml_kernels._C could not be loaded ({error}); it is built by `pip install .` where a C++ "
-        "compiler is at hand"
+        f"the extension aml_kernels._C could not be loaded ({error}); install it again with this PyTorch: `pip install "
+        "--no-build-isolation .`"
+    )
+
+
+INSTRUCTION_SETS = ("x86-64-v4", "x86-64-v3", "base")
+_asked = os.environ.get("AML_KERNELS_ISA")  # read by the extension when it is loaded, which cannot raise an error then
+if _asked and EXTENSION_MISSING is None and _C.instruction_set() != _asked:
+    raise ValueError(
+        f"AML_KERNELS_ISA: expected one of {', '.join(map(repr, INSTRUCTION_SETS))} that this processor has, got "
+        f"{_asked!r}"
     )
 
 

@@ -139,7 +139,8 @@ def test_a_tool_that_is_not_installed_is_no_failure(tmp_path):
     assert code == 0 and results["tool"] == {"state": "missing", "says": "is not installed", "seconds": 0.0}
 
 
-def test_an_unknown_part_is_refused(tmp_path, capsys):
+def test_an_unknown_part_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(driver, "sees_gpu", lambda: True)
     with pytest.raises(SystemExit):
         driver.main(["--only", "sanitiser", "--out", str(tmp_path)])
     assert "memcheck" in capsys.readouterr().err
@@ -151,6 +152,13 @@ def test_what_the_environment_lacks_is_named(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         driver.main(["--out", str(tmp_path)])
     assert "pip install 'hypothesis>=1000000.1' 'no_such_package>=1'" in capsys.readouterr().err
+
+
+def test_without_a_gpu_nothing_is_built_or_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(driver, "sees_gpu", lambda: False)
+    with pytest.raises(SystemExit):
+        driver.main(["--out", str(tmp_path)])
+    assert "sees no NVIDIA GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_plan_names_what_exists(tmp_path):

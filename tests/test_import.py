@@ -36,7 +36,7 @@ def test_without_extension_and_triton():
 import aml_kernels
 from aml_kernels import _backend
 assert "triton" not in sys.modules
-assert "could not be loaded" in _backend.missing("cpu", "cpu") and "pip install" in _backend.missing("cpu", "cpu")
+assert "was not built" in _backend.missing("cpu", "cpu") and "pip install" in _backend.missing("cpu", "cpu")
 """ + CALL + """
 try:
     aml_kernels.sample_quantile(torch.ones(1, 5), 0.5, backend="cpu")
@@ -59,7 +59,7 @@ assert not torch.cuda.is_initialized()
 def test_a_forced_back_end_that_is_missing_says_why():
     run = python(WITHOUT + "import aml_kernels; print('imported')\n" + CALL, forced="cpu")
     assert run.returncode == 1 and run.stdout.strip() == "imported"
-    assert "RuntimeError" in run.stderr and "'cpu'" in run.stderr and "could not be loaded" in run.stderr
+    assert "RuntimeError" in run.stderr and "'cpu'" in run.stderr and "was not built" in run.stderr
 
 
 def test_an_unknown_forced_back_end_names_the_variable():

@@ -14,11 +14,15 @@ READ = ("AML_KERNELS_CUDA", "AML_KERNELS_EXTENSION", "CUDA_HOME", "CUDA_PATH", "
 needs_cuda_in_torch = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
 
 
-def setup(*arguments, **variables):
-    """Run setup.py, by default with a command that builds nothing, as if no GPU were here."""
+def setup(*arguments, torch_is="", **variables):
+    """Run setup.py, by default with a command that builds nothing, as if no GPU were here.
+
+    torch_is: statements that change PyTorch before.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in READ}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in variables.items()}
-    command = [sys.executable, "setup.py", *(arguments or ("--version",))]
+    start = f"import runpy, torch; {torch_is}; runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, *(("-c", start) if torch_is else ("setup.py",)), *(arguments or ("--version",))]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -92,6 +96,29 @@ def test_architectures(variables, built, toolkit):
     assert run.returncode == 0 and f"building CUDA kernels for {built} with" in run.stderr, run.stderr
 
 
+@pytest.mark.parametrize(("release", "built"), (("12.6", "8.0, 9.0+PTX"), ("12.8", "8.0, 9.0, 10.0+PTX")))
+def test_an_older_nvcc_is_not_asked_for_what_it_does_not_know(release, built, toolkit):
+    run = setup(torch_is=f"torch.version.cuda = {release!r}", CUDA_HOME=toolkit(release))
+    assert run.returncode == 0 and f"building CUDA kernels for {built} with" in run.stderr, run.stderr
+
+
+OLD_GPU = (
+    "torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 2; "
+    "torch.cuda.get_device_capability = lambda i=0: ((9, 0), (7, 5))[i]"
+)
+
+
+@needs_cuda_in_torch
+def test_a_host_with_an_older_gpu_gets_the_rest(toolkit):
+    run = setup(torch_is=OLD_GPU, CUDA_HOME=toolkit(torch.version.cuda))
+    assert run.returncode == 0, run.stderr
+    assert "building without CUDA kernels: a GPU of this host has compute capability 7.5" in run.stderr
+    run = setup(torch_is=OLD_GPU, CUDA_HOME=toolkit(torch.version.cuda), AML_KERNELS_CUDA="1")
+    refused(run, "AML_KERNELS_CUDA=1: the CUDA kernels cannot be built", "7.5", "TORCH_CUDA_ARCH_LIST=8.0")
+    run = setup(torch_is=OLD_GPU, CUDA_HOME=toolkit(torch.version.cuda), TORCH_CUDA_ARCH_LIST="8.0")
+    assert run.returncode == 0 and "building CUDA kernels for 8.0 with" in run.stderr, run.stderr
+
+
 @needs_cuda_in_torch
 def test_gpus_that_the_kernels_are_not_written_for_are_refused(toolkit):
     run = setup(CUDA_HOME=toolkit(torch.version.cuda), TORCH_CUDA_ARCH_LIST="7.5;9.0")
@@ -130,9 +157,10 @@ def test_a_source_distribution_holds_all_that_a_build_reads(tmp_path):
     archive, = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
-    needed = [path for folder in ("csrc", "aml_kernels", "aml") for path in (ROOT / folder).rglob("*")
-              if path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py", ".csv")]
-    missing = {str(path.relative_to(ROOT)) for path in needed} - held
-    assert needed and not missing, f"not in the archive: {sorted(missing)}"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode != 0:
+        pytest.skip("needs a checkout of git, to know what is part of the project")
+    needed = set(files.stdout.splitlines()) - {"MANIFEST.in"}
+    assert needed and not needed - held, f"not in the archive: {sorted(needed - held)}"
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= held
     assert not any(name.endswith(".so") for name in held)

@@ -32,3 +32,12 @@ def test_an_older_instruction_set_passes_the_same_tests(name):
         capture_output=True, text=True, cwd=HERE.parent, env=environment,
     )
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-2000:]
+
+
+@pytest.mark.skipif(_backend.EXTENSION_MISSING is not None, reason=str(_backend.EXTENSION_MISSING))
+def test_an_unknown_instruction_set_is_refused():
+    run = subprocess.run(
+        [sys.executable, "-c", "import aml_kernels"], capture_output=True, text=True, cwd=HERE.parent,
+        env=os.environ | {"AML_KERNELS_ISA": "avx2"},
+    )
+    assert run.returncode == 1 and "AML_KERNELS_ISA: expected one of 'x86-64-v4'" in run.stderr and "'avx2'" in run.stderr

@@ -13,7 +13,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         required=True,
-        help="a run directory (its best checkpoint), or one of its checkpoints/step-*",
+        help="a run directory (its best checkpoint), one of its checkpoints/step-*, or what `aml convert` wrote",
     )
 
 

@@ -25,7 +25,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class CompactRIS(TokenizedModel):
-    """Any timm backbone with `features_only`, any transformers text encoder, a decoder of a million weights.
+    """Any timm backbone with `features_only`, any transformers text encoder, a decoder of 0.7 million weights.
 
     backbone: a timm name; its maps at strides 4, 8, 16 and 32 are used.
     text_encoder: "minilm", a folder that transformers reads, or a hub name that is in the local cache.

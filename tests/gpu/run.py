@@ -134,6 +134,8 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
     lacking = [f"{name}>={'.'.join(map(str, oldest))}" for name, oldest in NEEDED.items() if version(name) < oldest]
     if lacking:
         parser.error(f"{sys.executable} lacks {', '.join(lacking)}: pip install {' '.join(map(repr, lacking))}")
+    if make is parts and not sees_gpu():
+        parser.error(f"the PyTorch of {sys.executable} sees no NVIDIA GPU (torch.cuda.is_available() is False)")
     folder = options.out.resolve() / key()
     planned = make(folder)
     if unknown := set(options.only) - {part.name for part in planned}:
@@ -149,6 +151,12 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
         asyncio.run(run_at_once(list(group), due, results, stored, end))
     print(f"\n{sum(r['state'] == 'passed' for r in results.values())} of {len(planned)} parts have passed")
     return int(any(results.get(part.name, {}).get("state") not in ("passed", "missing") for part in planned))
+
+
+def sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def version(package: str) -> tuple[int, ...]:
