@@ -17,6 +17,8 @@ def tensor(name: str, value: object, dims: tuple[int, ...], types: Sequence[torc
     """`value` is a tensor with one of the numbers of dimensions `dims` and one of `types`; nothing is empty."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor {layout}, got a nested one or one of layout {value.layout}")
     if value.dim() not in dims:
         raise ValueError(f"{name}: expected {layout}, got shape {list(value.shape)}")
     if value.dtype not in types:

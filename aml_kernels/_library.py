@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backend
 
@@ -85,6 +86,8 @@ def differentiable(forward: Operator, backward: Operator, inputs: int, setup: Ca
     triton = _eager(forward.triton, forward.launch, backward.triton, backward.launch, inputs, setup)
 
     def call(backend: str, *arguments):
+        if not _is_compiling() and forward_ad._current_level >= 0:
+            refuse_tangents(forward.default, arguments[:inputs])
         if is_traced(*arguments[:inputs]):
             return forward.variant(backend, arguments[0].device.type)(*arguments)
         if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:inputs]):
@@ -145,6 +148,12 @@ def once_only(operator: Operator) -> None:
             raise RuntimeError(f"{op}: aml_kernels operators can be differentiated once only")
 
         torch.library.register_autograd(op, backward, lib=LIBRARY)
+
+
+def refuse_tangents(op: torch._ops.OpOverload, tensors: tuple[Tensor, ...]) -> None:
+    """PyTorch would take the derivative forward (`jvp`) of an operator that has none for 0."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{op}: has a derivative for the backward pass only, none for forward mode (jvp)")
 
 
 def is_traced(*tensors: Tensor) -> bool:

@@ -35,13 +35,15 @@ def masked_loss(
 
     Args:
         logits: `[B, h', w']` or `[B, 1, h', w']`, fp32, bf16, fp16 or fp64. If smaller or larger than the target it
-            is resized bilinearly with `align_corners=True` (the convention of RIS), inside the kernel.
+            is resized bilinearly with `align_corners=True` (the convention of RIS), inside the kernel. Where one is
+            kept it should be finite: of an infinite one the loss may be NaN.
         target: `[B, H, W]` bool, uint8 (0 or 1) or float in [0, 1] (soft). A kept value outside [0, 1] is an error
             on the CPU and makes the sample's loss NaN on a GPU and in compiled plain PyTorch. No gradient.
         similarity: `[B, h, w]` float, e.g. of `pixel_text_similarity`; resized bilinearly (`align_corners=False`) to
             the target's size inside the kernel. May be None if nothing is to be left out. No gradient: the threshold
             is hard.
-        quantile: in [0, 1]; each sample's threshold is this quantile of its own similarity map.
+        quantile: in [0, 1]; each sample's threshold is this quantile of its own similarity map. (One that changes from
+            step to step makes `torch.compile` compile a graph for each value, like any number given to an operator.)
         threshold: a number, or `[B]`; the alternative to `quantile`. Neither: every valid pixel is kept.
         valid: `[B, H, W]` bool, pixels that exist (padding of a letterboxed image does not).
         map_valid: `[B, h, w]` bool, cells of `similarity` that count for the quantile.
@@ -72,7 +74,8 @@ def masked_loss(
     filtered = quantile is not None or threshold is not None
     if filtered and similarity is None:
         raise ValueError("similarity: expected [B, h, w] where quantile or threshold is given, got None")
-    similarity = similarity if filtered else None
+    if similarity is not None:
+        similarity = similarity.detach() if filtered else None
     chosen = choose(backend, logits.device, logits=logits, target=target, similarity=similarity)
     if chosen == "reference":
         loss, stats = reference.masked_loss(
@@ -120,7 +123,7 @@ def check_loss(
     smooth = _checks.number("smooth", smooth, 1e-30)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     return (
-        None if limits is None else limits.to(working_type(logits)),
+        None if limits is None else limits.detach().to(working_type(logits)),
         None if limits is not None else threshold, quantile, RANK_IN_FP64, protect_target, bce_weight, dice_weight,
         negative, positive, smooth, REDUCTIONS.index(reduction),
     )

@@ -54,7 +54,7 @@ def filter_regions(
     if quantile is None and threshold is None:
         raise ValueError("quantile, threshold: expected one of them, got neither")
     drop_ratio = _checks.number("drop_ratio", drop_ratio, 0.0, 1.0)
-    block_size = _checks.whole_number("block_size", block_size, "a whole number of pixels >= 1", 1)
+    block_size = _checks.whole_number("block_size", block_size, "a whole number of pixels in [1, 2**31)", 1, 2**31)
     seed = _checks.whole_number("seed", seed, "a whole number in [0, 2**64)", 0, 2**64)
     if protect is not None:
         _checks.tensor("protect", protect, (3,), _checks.MASK_TYPES, "[B, H, W]")
@@ -71,7 +71,7 @@ def filter_regions(
     if chosen == "reference":
         return reference.filter_regions(
             image, similarity, quantile=quantile, threshold=threshold, drop_ratio=drop_ratio, block_size=block_size,
-            protect=protect, fill=torch.tensor(colour, dtype=torch.float64), seed=seed,
+            protect=protect, fill=torch.tensor(colour, dtype=torch.float64, device="cpu"), seed=seed,
         )
     limit = None if limits is not None else threshold
     limits = None if limits is None else limits.to(working_type(similarity))

@@ -61,7 +61,7 @@ BAD = {  # option: values that are not accepted
     "smooth": (0.0, -1.0, float("nan"), float("inf"), None, "1"),
     "reduction": ("average", None, 0, "MEAN"),
     "drop_ratio": (-0.1, 1.1, float("nan"), None, "1"),
-    "block_size": (0, -1, 4.0, None, True, "4", np.int64(0), np.float32(4)),
+    "block_size": (0, -1, 2**31, 2**63, 4.0, None, True, "4", np.int64(0), np.float32(4)),
     "seed": (-1, 2**64, 1.0, None, True, "1"),
     "fill": ((1.0, 2.0), float("nan"), "black", None, (1.0, None, 2.0), torch.zeros(2, 2), True),
 }
@@ -270,6 +270,7 @@ calls = [
     lambda: ops.pixel_text_similarity(v, u, torch.ones(2, 3).bool(), True, 1.0, False),
     lambda: ops.pixel_text_similarity(v[0], u, None, True, 1.0, False),
     lambda: ops.sample_quantile(s, 0.5, None, s[:1] > 0, 0, True),
+    lambda: ops.sample_quantile(s, 0.5, None, s.reshape(1, 18) > 0, 0, True),
     lambda: ops.sample_quantile(s, 0.5, torch.zeros(1), None, 0, True),
     lambda: ops.sample_quantile(s.long(), 0.5, None, None, 0, True),
     lambda: ops.filter_regions(torch.zeros(2, 3, 8, 10), s[:1], None, None, None, 0.5, True, 0.5, 4, [0.0] * 3, 1),

@@ -203,6 +203,19 @@ def test_nan_stays_in_its_pixel(backend):
     assert actual[hit].isnan().all() and same_bits(actual[~hit], expected[~hit])
 
 
+@pytest.mark.parametrize("normalize", (True, False))
+def test_where_the_definition_has_nan_all_have(backend, normalize):
+    """An infinite word has no direction, and infinite features give inf - inf: wherever these words stand."""
+    visual, text = torch.randn(3, 4, 1, 3), torch.randn(3, 5, 4)
+    text[0, 3, 1] = torch.inf
+    text[1, 2, 0] = torch.nan
+    visual[2, :2, 0, 1], text[2, :, :2] = torch.inf, torch.tensor([[1.0, 1], [1, 2], [1, -1], [2, 1], [1, 1]])
+    for words in (text, text.flip(1)):
+        expected = pixel_text_similarity(visual.double(), words.double(), normalize=normalize, backend="reference")
+        actual = pixel_text_similarity(visual, words, normalize=normalize, backend=backend)
+        assert torch.equal(actual.isnan(), expected.isnan()) and expected.isnan().any() and not expected.isnan().all()
+
+
 def test_permuting_the_batch_permutes_the_result(backend):
     visual, text, mask = features(((4, 24, 6, 7), 5), layouts=("contiguous",) * 3)
     order = torch.tensor([2, 0, 3, 1])

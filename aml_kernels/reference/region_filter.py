@@ -34,7 +34,8 @@ def filter_regions(
     count = (ratio * weak.sum((1, 2)) + 0.5).floor().long()
     dropped = (weak.flatten(1) & (rank < count[:, None])).view_as(weak)
 
-    pixels = dropped.repeat_interleave(block_size, 1).repeat_interleave(block_size, 2)[:, None, :rows, :columns]
+    y, x = (torch.arange(size, device=image.device) // block_size for size in (rows, columns))
+    pixels = dropped[:, y[:, None], x][:, None]
     fill = torch.as_tensor(fill, dtype=image.dtype, device=image.device).reshape(1, -1, 1, 1)
     return torch.where(pixels, fill, image).contiguous(), dropped
 

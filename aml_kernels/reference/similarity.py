@@ -1,5 +1,7 @@
 """pixel_text_similarity, defined."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def pixel_text_similarity(
         words = words.where(text_mask[:, :, None], torch.zeros_like(words))
     if normalize:
         pixels, words = _unit(pixels), _unit(words)
-    with torch.autocast(visual.device.type, enabled=False):  # which would multiply in half precision
+    with _full_precision(visual.device.type):
         score = scale * (pixels @ words.transpose(1, 2))
     if text_mask is not None:
         score = score.masked_fill(~text_mask[:, None, :], -torch.inf)
@@ -30,6 +32,12 @@ def pixel_text_similarity(
     if text_mask is not None:  # a sample without a word is similar to nothing
         similarity = similarity.where(text_mask.any(-1, keepdim=True), torch.zeros_like(similarity))
     return similarity.reshape(visual.shape[0], *visual.shape[2:]) if visual.dim() == 4 else similarity
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """Without autocast, which would multiply in half precision; tensors without data ("meta") know none."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -41,6 +41,12 @@ inline Plane plane(const Tensor& tensor) {
 }
 inline Plane plane(const OptionalTensor& tensor) { return tensor ? plane(*tensor) : Plane{}; }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
+
 // [B, ...] as rows and columns: dimensions that lie next to each other in memory become one.
 inline Plane rows_of(const Tensor& tensor, Tensor& holder) {
   int64_t sizes[2] = {1, 1}, strides[2] = {0, 0}, found = 0;

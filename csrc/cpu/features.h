@@ -166,7 +166,6 @@ template <class T>
 int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* panel, int32_t* word_index, T* inverse_norm,
                            T* row) {
   int64_t words = 0;
-  bool poisoned = false;
   for (int64_t j = 0; j < call.words; ++j) {
     T real = 1;
     if (call.text_mask.data) real = *read_row(call.text_mask, sample, 0, j, 1, &real);
@@ -176,7 +175,6 @@ int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* pan
     const bool direction = !(square <= kSmallestNorm * kSmallestNorm);
     inverse_norm[words] = call.normalize ? (direction ? T(1 / __builtin_sqrt(square)) : T(0)) : T(1);
     word_index[words++] = int32_t(j);
-    poisoned |= square != square;
   }
   const int64_t padded = padded_words(words);
   for (int64_t first = 0; first < call.channels; first += kChannelBlock) {  // a block of the panel stays in the L1 cache
@@ -190,8 +188,6 @@ int64_t similarity_prepare(const SimilarityCall<T>& call, int64_t sample, T* pan
       for (int64_t c = 0; c < size; ++c) block[c * padded + k] = 0;
     }
   }
-  // A comparison with NaN is never true, so that NaN in any word but the first would pass unseen.
-  if (poisoned) panel[0] = __builtin_nan("");
   return words;
 }
 

@@ -109,7 +109,8 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& target, 
           (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double), "sums: expected the second output of the forward");
   require(grad.scalar_type() == sums.scalar_type() && grad.numel() == (reduction == kNone ? samples : 1),
           "grad: expected the shape and dtype of the loss");
-  const T *sum = sums.const_data_ptr<T>(), *grad_in = grad.const_data_ptr<T>();
+  const Tensor sum_rows = torch::stable::contiguous(sums);
+  const T *sum = sum_rows.const_data_ptr<T>(), *grad_in = grad.const_data_ptr<T>();
   const int64_t grad_stride = reduction == kNone && samples > 1 ? grad.stride(0) : 0;
   Scratch<T> limits(samples);
   for (int64_t b = 0; b < samples; ++b) limits[b] = sum[b * kSumColumns + kThreshold];

@@ -21,7 +21,7 @@ static Tensor quantiles(const Tensor& values, double q, const OptionalTensor& q_
 Tensor sample_quantile(Tensor values, double q, OptionalTensor q_per_sample, OptionalTensor valid, int64_t interpolation,
                        bool rank_in_fp64) {
   require(values.dim() >= 1 && values.numel() > 0, "values: expected [B, ...] with no empty dimension");
-  require(!valid || valid->numel() == values.numel(), "valid: expected the shape of values");
+  require(!valid || same_shape(*valid, values), "valid: expected the shape of values");
   require(!q_per_sample || (q_per_sample->dim() == 1 && q_per_sample->size(0) == values.size(0)), "q: expected a number or [B]");
   Plane rows, there;
   Tensor values_copy, valid_copy;

@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> filter_regions(
   require(block_size >= 1, "block_size: expected at least 1");
   const int64_t channels = image.size(1);
   require(int64_t(fill.size()) == channels, "fill: expected one number per channel");
-  const Blocks blocks{block_size, (image.size(2) + block_size - 1) / block_size, (image.size(3) + block_size - 1) / block_size};
+  const Blocks blocks{block_size, (image.size(2) - 1) / block_size + 1, (image.size(3) - 1) / block_size + 1};
   const Plane map = plane(similarity);
   Tensor dropped = with_compute_type(map.type, [&](auto t) {
     return dropped_blocks<decltype(t)>(image, map, plane(protect), {thresholds, threshold, quantile, rank_in_fp64},

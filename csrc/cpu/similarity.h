@@ -19,7 +19,8 @@ void similarity_forward(const SimilarityCall<T>& call, int64_t sample, const T* 
       T* score = tile.score + j * pixels;
       for (int64_t i = 0; i < used; ++i) {
         score[i] = call.scale * (score[i] * tile.factor[i]);
-        tile.best[i] = j == 0 || score[i] > tile.best[i] ? score[i] : tile.best[i];
+        // NaN, which no comparison finds, stays.
+        tile.best[i] = (j == 0) | (score[i] > tile.best[i]) | (score[i] != score[i]) ? score[i] : tile.best[i];
       }
     }
     if (call.softmax) {

@@ -27,9 +27,10 @@ inline void tile_coefficients(const SimilarityCall<T>& call, int64_t words, cons
     V best = similarity(0), best_word, best_score = load_lanes(score);
     for (int64_t j = 1; j < words; ++j) {
       const V s = similarity(j);
-      best_word = select(s > best, V(j), best_word);
-      best_score = select(s > best, load_lanes(score + j * pixels), best_score);
-      best = select(s > best, s, best);
+      const Mask<T> better = (s > best) | (s != s);
+      best_word = select(better, V(j), best_word);
+      best_score = select(better, load_lanes(score + j * pixels), best_score);
+      best = select(better, s, best);
     }
     // 0 times infinity is no reason for NaN.
     const Mask<T> real = g != zero;

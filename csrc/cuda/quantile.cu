@@ -8,7 +8,7 @@ Tensor sample_quantile(Tensor values, double q, OptionalTensor q_per_sample, Opt
                        bool rank_in_fp64) {
   require(values.dim() >= 1 && values.numel() > 0, "values: expected [B, ...] with no empty dimension");
   require_float("values", values);
-  require(!valid || (valid->numel() == values.numel() && valid->scalar_type() == ScalarType::Bool),
+  require(!valid || (same_shape(*valid, values) && valid->scalar_type() == ScalarType::Bool),
           "valid: expected bool of the shape of values");
   require(!q_per_sample || (q_per_sample->dim() == 1 && q_per_sample->size(0) == values.size(0)), "q: expected a number or [B]");
   const OnDevice stream(values);
