@@ -190,7 +190,8 @@ def gauges(runs: Sequence[Run]) -> str:
             *(f"{fmean(line[name] for line in ends):.3f}" for name in ("auc", "auc_wrong_sentence", "area_ratio")),
         ])  # fmt: skip
     heads = ["", "kept, %", "target left out, %", "training IoU, %", "AUC", "with a wrong sentence", "area ratio"]
-    return "Over the second half of the steps; AUC and area at the end of training, on its split `val`.\n\n" + table(heads, rows)
+    over = "Over the second half of the steps; AUC and area at the end of training, on its split `val`."
+    return f"{over}\n\n{table(heads, rows)}"
 
 
 def robustness(runs: Sequence[Run], plan: Experiment) -> str:
