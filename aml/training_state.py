@@ -50,6 +50,11 @@ def starting_point(out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from. Neither starts over in a directory that holds a run, nor the reverse."""
     require_no_file(out)
     found, skipped = checkpoint.newest(out)
+    if found is None and skipped:
+        raise ResumeError(
+            f"{out} holds a run whose checkpoints cannot be read ({'; '.join(skipped)}): "
+            "give another --out, or remove that folder"
+        )
     for line in skipped:
         print(f"skipped checkpoint {line}", file=sys.stderr)
     if resume and found is None:
