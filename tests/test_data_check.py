@@ -157,6 +157,15 @@ def test_bad_images_are_named_counted_and_left_out_when_asked(photographs, tmp_p
     assert truncated.name not in said and resized.name in said
 
 
+@pytest.mark.parametrize("words", [(), ("--quick",)])
+def test_images_of_more_than_eight_bits_are_bad(tmp_path, capsys, words):
+    write_refer(tmp_path)
+    Image.new("I;16", (10, 8), 30000).save(tmp_path / "images/train2014/a.png")
+    code, said = run(capsys, "check", tmp_path, "--bad", tmp_path / "bad.txt", *words)
+    assert code == 1 and "1 image cannot be read (a.png: has 16 bits or more per channel (mode I;16)" in said
+    assert (tmp_path / "bad.txt").read_text().startswith("a.png\thas 16 bits")
+
+
 def test_images_under_their_names_of_2017_are_recognised(tmp_path, capsys):
     write_refer(tmp_path, files=((3, "COCO_train2014_000000000003.jpg"),))
     folder = tmp_path / "images" / "train2014"

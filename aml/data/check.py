@@ -17,6 +17,7 @@ from PIL import Image
 
 from aml.data import layout, published, refs
 from aml.data.layout import some
+from aml.data.photographs import require_eight_bits
 from aml.data.published import Counts
 from aml.data.refer import Expression, ReferDataset
 
@@ -70,6 +71,7 @@ class Images:
         try:
             with Image.open(path) as file:
                 size = file.size
+                require_eight_bits(file)
                 if self.decode:
                     file.draft("RGB", (1, 1))  # of a JPEG everything is read, and as little as possible computed
                     file.load()
