@@ -122,9 +122,10 @@ class _Trainer:
                         f"go on with\n  aml train --resume --out {shlex.quote(str(self.out))}",
                     )
         skipped = f" {position.skipped} steps were skipped, see metrics.jsonl." if position.skipped else ""
+        best = f"was {_shown(position.best)} at step {position.best_step}"
         self._print(
-            f"finished at step {position.step}; the best {self.config.eval.metric} was "
-            f"{_shown(position.best)} at step {position.best_step}.{skipped} Next:\n"
+            f"finished at step {position.step}; the best {self.config.eval.metric} "
+            f"{best if position.best is not None else 'is not known'}.{skipped} Next:\n"
             f"  aml eval --checkpoint {shlex.quote(str(self.out))}"
         )
 
