@@ -21,6 +21,8 @@ from aml.files import finite, write_whole
 from aml.metrics import iou
 
 FORMAT = 1
+# By which an evaluation of an earlier call is known to be of the same model and data.
+_SAME = ("weights", "fingerprint", "field", "image_size", "resize", "perturb")
 Evaluation = dict[str, Any]
 
 
@@ -68,6 +70,24 @@ def load(path: Path) -> Evaluation:
     if not isinstance(value, dict) or value.get("aml_evaluation") != FORMAT:
         raise ValueError(f"{path} is no evaluation of format {FORMAT}: make it anew by  aml eval")
     return value
+
+
+def differences(path: Path, identity: dict[str, Any]) -> dict[str, str]:
+    """By name, in what the evaluation of a file is of another model or data than `identity` (of `Trained`)."""
+    found = load(path)
+    changed = [name for name in _SAME if found[name] != identity[name]]
+    return {name: f"{name}: {found[name]} instead of {identity[name]}" for name in changed}
+
+
+def require_replaceable(path: Path, identity: dict[str, Any]) -> None:
+    """Raise ValueError where a file holds an evaluation of the same weights on other data or with other settings."""
+    try:
+        changed = differences(path, identity)
+    except (OSError, ValueError, KeyError):  # there is none, or none that this version reads
+        return
+    if changed and "weights" not in changed:
+        lines = [f"  {line}" for line in changed.values()]
+        raise ValueError("\n".join([f"{path} is of other data or settings; give another --out", *lines]))
 
 
 def weights_of(checkpoint: Path) -> str | None:
