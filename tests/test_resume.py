@@ -13,7 +13,7 @@ from runs import assert_same_run, lines
 
 from aml import checkpoint, training
 from aml.config import load
-from aml.errors import ResumeError, Stopped
+from aml.errors import CheckpointError, ResumeError, Stopped
 from aml.runlog import read_log
 from aml.training import train
 
@@ -223,6 +223,15 @@ def test_changed_data_is_refused(tmp_path, words, stop_at):
     other = tiny.write_data(tmp_path / "data", train=7)
     with pytest.raises(ResumeError, match=r"(?s)  data: .*--allow-change data$"):
         train(load(None, words(tmp_path / "run", f"data.root={other}")), resume=True)
+
+
+def test_other_trained_parameters_are_told(tmp_path, words, stop_at):
+    stop_at(2)
+    with pytest.raises(Stopped):
+        train(load(None, words(tmp_path)))
+    frozen = load(None, words(tmp_path, "model.freeze_encoders=true"))
+    with pytest.raises(CheckpointError, match=r"optimizer.pt is of a run .*other parameters.*freeze_encoders, from"):
+        train(frozen, resume=True)
 
 
 def test_settings_given_on_resume_count(tmp_path, words, stop_at, capsys):
