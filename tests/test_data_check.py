@@ -99,6 +99,13 @@ def test_several_targets_and_none_are_counted(tmp_path, capsys):
     assert "WARN  1 training image also in other splits: results on the latter will be too good" in said
 
 
+@pytest.mark.parametrize(("there", "absent"), [("train", "val"), ("val", "train"), ("test", "train or val")])
+def test_a_data_set_that_cannot_be_trained_on_is_warned_of(tmp_path, capsys, there, absent):
+    code, said = run(capsys, "check", write_refer(tmp_path, [ref(0, there)]))
+    assert code == 0 and f"WARN  no split {absent}; there is {there}" in said
+    assert "no split" not in run(capsys, "check", write_refer(tmp_path))[1]
+
+
 def test_partitions_by_object_share_images_by_design(tmp_path, capsys):
     write_refer(tmp_path, split_by="google", dataset="refcocog")
     code, said = run(capsys, "check", tmp_path)

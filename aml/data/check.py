@@ -149,6 +149,12 @@ def _check_counts(report: Report, root: Path) -> None:
             f"this is not {report.dataset} as published: {'; '.join(different)}",
             f"fine for data of your own; to compare results, get the original: {_source_of(report)}",
         )
+    if absent := [split for split in ("train", "val") if split not in found]:
+        report.add(
+            WARN,
+            f"no split {' or '.join(absent)}; there is {', '.join(found)}",
+            "aml train needs train and val; to evaluate a split that is there: aml eval --split NAME",
+        )
     if path.suffix == ".p":
         command = f"aml data convert {shlex.quote(str(root))} --dataset {report.dataset}"
         report.add(NOTE, f"{path.name} is a pickle; as JSON it cannot hold code", command)
