@@ -6,7 +6,8 @@
                 |____ vision-language pixel decoder ____________|
                               two scores per pixel at stride 4; their difference is the logit
 
-Written from a description of what the released program computes and compared with its numbers (tests/test_caris_golden.py).
+Written from a description of what the released program computes and compared with its numbers
+(tests/test_caris_golden.py).
 Training uses no more than this: at inference, CARIS trained with or without AML is the same network.
 """
 
