@@ -1,6 +1,7 @@
 """The command `aml`: puts the commands of `aml.commands` together, and tells mistakes in a line.
 
-Exit codes: 0 done, 1 the run failed, 2 a mistake of the user's, 128 + n stopped by signal n.
+Exit codes: 0 done, 1 the run failed, 2 a mistake of the user's, 128 + n stopped by signal n; so 141 (SIGPIPE) where the
+reader of the output left first, as after `| head`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pickle import UnpicklingError
@@ -27,6 +29,7 @@ from aml.commands import (
     robustness,
     train,
 )
+from aml.console import reader_has_left
 from aml.errors import CheckpointError, LaunchError, NonFiniteLoss, ResumeError, Stopped
 
 COMMANDS: dict[str, ModuleType] = {
@@ -54,6 +57,25 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `aml` with the given arguments (default: those of the process) and return its exit code."""
+    try:
+        try:
+            code = _run(arguments)
+        except SystemExit:  # of --help
+            _flush()
+            raise
+        _flush()
+        return code
+    except BrokenPipeError as error:
+        return 128 + signal.SIGPIPE if reader_has_left() else _fail(error, 2)
+
+
+def _flush() -> None:
+    """Now, since at the end of the process Python would complain if nobody reads any more."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -111,6 +133,8 @@ def _without_traceback(options: argparse.Namespace) -> int:
         return options.run(options)
     try:
         return options.run(options)
+    except BrokenPipeError:
+        raise
     except Stopped as error:
         print(error, file=sys.stderr)
         return 128 + error.signum

@@ -81,7 +81,7 @@ class Comparison:
 
 def read_run(path: str, split: str) -> Run:
     """An evaluation by its file, or by the run directory or checkpoint that it is of."""
-    evaluation = stored.load(stored.find(Path(path), split))
+    evaluation = stored.read(Path(path), split)
     flat = {f"{part}.{name}": value for part, each in evaluation["config"].items() for name, value in each.items()}
     settings = {name: value for name, value in flat.items() if name not in _NEUTRAL}
     return Run(path, evaluation, settings, flat["train.seed"])

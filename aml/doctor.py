@@ -24,6 +24,7 @@ from PIL import Image
 
 from aml.assembly import build_aligner, open_data, training_problems
 from aml.config import Config
+from aml.data.photographs import to_rgb
 from aml.models import RISModel, build_model
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -223,7 +224,7 @@ def data(settings: Config) -> Iterator[Finding]:
             expressions = annotations.expressions(split)
             first = expressions[0]
             with Image.open(first.image_path) as image:
-                size = image.convert("RGB").size
+                size = to_rgb(image).size
             mask = annotations.mask(first)
             text = f"{annotations.name} {split}: {len(expressions)} sentences; {first.image_path.name} reads"
             if size == mask.shape[::-1]:

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from aml import checkpoint, sharding
 from aml.alignment import AlignmentLoss
 from aml.config import Config
+from aml.errors import CheckpointError
 from aml.models import RISModel
 
 
@@ -130,12 +131,21 @@ class Learner:
         return sharding.gathered(self.optimizer.state_dict())
 
     def load(self, path: Path, optimizer_state: dict[str, Any], scaler_state: dict[str, Any] | None) -> None:
-        """From a checkpoint, of any number of ranks. An average that it does not hold starts at its weights."""
+        """From a checkpoint, of any number of ranks. An average that it does not hold starts at its weights.
+
+        Raises CheckpointError where it is of another model, or others of its parameters are trained.
+        """
         checkpoint.load_weights(path, averaged=False, model=self.model, aligner=self.aligner)
         if self.average is not None:
             model, aligner = self.average.modules
             checkpoint.load_weights(path, model=model, aligner=aligner)
-        self.optimizer.load_state_dict(sharding.optimizer_state_like(optimizer_state, self.optimizer))
+        try:
+            self.optimizer.load_state_dict(sharding.optimizer_state_like(optimizer_state, self.optimizer))
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"{path / 'optimizer.pt'} is of a run that trained other parameters ({error}); restore the settings "
+                f"that choose them, such as model.freeze_encoders, from {path / 'config.yaml'}"
+            ) from error
         for group, fixed in zip(self.optimizer.param_groups, self.fixed, strict=True):
             group.update(fixed)  # the present settings, not those in the checkpoint
         if self.scaler is not None and scaler_state is not None:

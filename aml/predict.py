@@ -14,6 +14,7 @@ from aml import assembly, checkpoint
 from aml.alignment import AlignmentLoss
 from aml.alignment_scores import resized_map
 from aml.config import load as load_config
+from aml.data.photographs import to_rgb
 from aml.data.pixels import Box, at_own_size, padded, place, resized_image
 from aml.files import appearing_whole
 from aml.models import RISModel, build_model
@@ -52,7 +53,7 @@ def load_photo(path: str | Path) -> Image.Image:
     """An RGB image, turned upright as its EXIF data say. Raises OSError, naming the file, if it cannot be read."""
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

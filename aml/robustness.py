@@ -22,8 +22,6 @@ from aml.stored import Evaluation
 SEVERITIES = (1, 2, 3, 4, 5)
 CLEAN = "clean"
 SHOWN = ("mIoU", "oIoU")
-# By which an evaluation of an earlier call is known to be of the same model and data.
-_SAME = ("weights", "fingerprint", "field", "image_size", "resize", "perturb")
 
 
 def conditions() -> Iterator[tuple[str, tuple[str, int] | None]]:
@@ -38,12 +36,11 @@ def already_done(path: Path, identity: dict[str, Any]) -> Evaluation | None:
     """The evaluation of an earlier call, or None. Raises ValueError where it is of another model or data."""
     if not path.exists():
         return None
-    found = stored.load(path)
-    changed = [name for name in _SAME if found[name] != identity[name]]
+    changed = stored.differences(path, identity)
     if changed:
-        lines = [f"  {name}: {found[name]} instead of {identity[name]}" for name in changed]
+        lines = [f"  {line}" for line in changed.values()]
         raise ValueError("\n".join([f"{path} is of another model or data; give another --out", *lines]))
-    return found
+    return stored.load(path)
 
 
 def summary(evaluations: dict[str, Evaluation]) -> dict[str, Any]:

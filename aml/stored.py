@@ -10,6 +10,7 @@ Needs no torch, so `aml compare` starts at once.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -20,6 +21,8 @@ from aml.files import finite, write_whole
 from aml.metrics import iou
 
 FORMAT = 1
+# By which an evaluation of an earlier call is known to be of the same model and data.
+_SAME = ("weights", "fingerprint", "field", "image_size", "resize", "perturb")
 Evaluation = dict[str, Any]
 
 
@@ -69,6 +72,48 @@ def load(path: Path) -> Evaluation:
     return value
 
 
+def differences(path: Path, identity: dict[str, Any]) -> dict[str, str]:
+    """By name, in what the evaluation of a file is of another model or data than `identity` (of `Trained`)."""
+    found = load(path)
+    changed = [name for name in _SAME if found[name] != identity[name]]
+    return {name: f"{name}: {found[name]} instead of {identity[name]}" for name in changed}
+
+
+def require_replaceable(path: Path, identity: dict[str, Any]) -> None:
+    """Raise ValueError where a file holds an evaluation of the same weights on other data or with other settings."""
+    try:
+        changed = differences(path, identity)
+    except (OSError, ValueError, KeyError):  # there is none, or none that this version reads
+        return
+    if changed and "weights" not in changed:
+        lines = [f"  {line}" for line in changed.values()]
+        raise ValueError("\n".join([f"{path} is of other data or settings; give another --out", *lines]))
+
+
+def weights_of(checkpoint: Path) -> str | None:
+    """SHA-256 over the weights of a complete checkpoint; None where there is none (any more)."""
+    try:
+        files = json.loads((checkpoint / "COMPLETE").read_text(encoding="utf-8"))["files"]
+        digests = [f"{name} {each['sha256']}" for name, each in sorted(files.items()) if name.endswith(".safetensors")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def read(path: Path, split: str) -> Evaluation:
+    """What `find` finds. Raises ValueError, too, where the checkpoint has other weights by now."""
+    file = find(path, split)
+    evaluation = load(file)
+    if not path.is_file():
+        checkpoint = _checkpoint_of(path)
+        if weights_of(checkpoint) not in (None, evaluation.get("weights")):
+            raise ValueError(
+                f"{file} is of other weights than {checkpoint}; make it anew: "
+                f"aml eval --checkpoint {path} --split {split}"
+            )
+    return evaluation
+
+
 def find(path: Path, split: str) -> Path:
     """The stored evaluation of a run directory, of one of its checkpoints, or of a converted checkpoint.
 
@@ -80,13 +125,7 @@ def find(path: Path, split: str) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such run directory or file")
-    checkpoint = path
-    if (path / "checkpoints").is_dir():
-        pointers = [path / "checkpoints" / name for name in ("best", "last")]
-        there = [pointer for pointer in pointers if pointer.is_file()]
-        if there:
-            checkpoint = path / "checkpoints" / there[0].read_text(encoding="utf-8").strip()
-    folder = folder_of(checkpoint)
+    folder = folder_of(_checkpoint_of(path))
     files = sorted(folder.glob("*.json"))
     found = [file for file in files if file.stem.endswith(f"-{split}")]
     if len(found) == 1:
@@ -98,3 +137,10 @@ def find(path: Path, split: str) -> Path:
         f"no evaluation of split {split!r} in {folder}, which holds {names}; make it by\n"
         f"  aml eval --checkpoint {path} --split {split}"
     )
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """Of a run directory its best checkpoint, or the last; else the folder itself."""
+    pointers = [path / "checkpoints" / name for name in ("best", "last")]
+    there = [pointer for pointer in pointers if pointer.is_file()]
+    return path / "checkpoints" / there[0].read_text(encoding="utf-8").strip() if there else path

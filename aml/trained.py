@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aml import assembly, checkpoint, evaluation, predict
+from aml import assembly, checkpoint, evaluation, predict, stored
 from aml.alignment import AlignmentLoss
 from aml.config import Config, ConfigError, load
 from aml.console import on_terminal
@@ -94,11 +92,9 @@ class Trained:
 
     def identity(self, dataset: RISDataset) -> dict[str, Any]:
         """What the numbers of an evaluation are of."""
-        files = json.loads((self.folder / "COMPLETE").read_text(encoding="utf-8"))["files"]
-        digests = [f"{name} {each['sha256']}" for name, each in sorted(files.items()) if name.endswith(".safetensors")]
         return {
             "checkpoint": str(self.folder),
-            "weights": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "weights": stored.weights_of(self.folder),
             "data": self.settings.data.root,
             "dataset": self.annotations.name,
             "split": dataset.split,

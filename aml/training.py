@@ -29,7 +29,7 @@ from tqdm import tqdm
 from aml import evaluation, sharding
 from aml.assembly import build_aligner, build_dataset, open_data, training_problems
 from aml.config import Config, ConfigError, to_yaml
-from aml.console import StopSignals, on_terminal
+from aml.console import StopSignals, on_terminal, reader_has_left
 from aml.data.dataset import EpochBatches
 from aml.data.loading import read_batches
 from aml.data.union import Annotations
@@ -122,9 +122,10 @@ class _Trainer:
                         f"go on with\n  aml train --resume --out {shlex.quote(str(self.out))}",
                     )
         skipped = f" {position.skipped} steps were skipped, see metrics.jsonl." if position.skipped else ""
+        best = f"was {_shown(position.best)} at step {position.best_step}"
         self._print(
-            f"finished at step {position.step}; the best {self.config.eval.metric} was "
-            f"{_shown(position.best)} at step {position.best_step}.{skipped} Next:\n"
+            f"finished at step {position.step}; the best {self.config.eval.metric} "
+            f"{best if position.best is not None else 'is not known'}.{skipped} Next:\n"
             f"  aml eval --checkpoint {shlex.quote(str(self.out))}"
         )
 
@@ -285,8 +286,12 @@ class _Trainer:
 
     def _print(self, text: str) -> None:
         if self.is_main:
-            tqdm.write(text)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except BrokenPipeError:  # of `| head`: training goes on unread
+                if not reader_has_left():
+                    raise
 
 
 def _shown(value: float | None) -> str:

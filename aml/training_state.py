@@ -50,6 +50,11 @@ def starting_point(out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from. Neither starts over in a directory that holds a run, nor the reverse."""
     require_no_file(out)
     found, skipped = checkpoint.newest(out)
+    if found is None and skipped:
+        raise ResumeError(
+            f"{out} holds a run whose checkpoints cannot be read ({'; '.join(skipped)}): "
+            "give another --out, or remove that folder"
+        )
     for line in skipped:
         print(f"skipped checkpoint {line}", file=sys.stderr)
     if resume and found is None:
@@ -105,7 +110,7 @@ class RunState:
         self.accelerator.wait_for_everyone()
 
     def restore(self, path: Path, learner: Learner, allow_change: Sequence[str]) -> list[str]:
-        """Go on from a checkpoint, and return what has changed since.
+        """Go on from a checkpoint, and return what has changed since. Other data or another metric: without its best.
 
         Raises ResumeError where data, batch, seed or world has changed and `allow_change` does not name it.
         """
@@ -123,7 +128,9 @@ class RunState:
         learner.load(path, snapshot.optimizer, snapshot.state["scaler"])
         self.progress = Progress(**snapshot.state["progress"])
         self._latest = path
+        before = load(path / "config.yaml")
         if self.accelerator.is_main_process:
+            # With the best of that checkpoint, even if it is forgotten below: a resume as before may follow.
             checkpoint.settle(path, self.progress.best_step, self.config.train.keep)
         if len(snapshot.ranks) == self.accelerator.num_processes:
             own = snapshot.ranks[self.accelerator.process_index]
@@ -131,7 +138,19 @@ class RunState:
             if "cuda" in own and self.accelerator.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda"])
             self.window.load(own["window"], self.accelerator.device)
-        return [*changed.values(), *differences(load(path / "config.yaml"), self.config)]
+        notes = [*changed.values(), *differences(before, self.config)]
+        if before.eval.metric != self.config.eval.metric:
+            notes += self._forget_best("eval.metric")
+        elif "data" in changed:
+            notes += self._forget_best("the data")
+        return notes
+
+    def _forget_best(self, cause: str) -> list[str]:
+        """Scores from now on are not comparable with the best so far. Returns a line about it, if there is one."""
+        position = self.progress
+        best, step = position.best, position.best_step
+        position.best, position.best_step, position.stale = None, None, 0
+        return [] if best is None else [f"best: {best:.4f} at step {step} -> none yet, as {cause} changed"]
 
     def checked_skips(self) -> list[int]:
         """`Window.skipped_in_a_row` of the open window; too many end the run. Collective."""

@@ -1,7 +1,9 @@
 """`python -m aml_kernels`: what was built, what would run on which device, and a check of all that can run here."""
 
 import importlib.metadata
+import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +18,15 @@ MADE_FOR = {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")}
 
 
 def main() -> int:
+    """Print the report; exit code 1 if a check failed, 141 (SIGPIPE) if the reader left, as after `| head`."""
+    try:
+        return report()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def report() -> int:
     found = gpus()
     for subject, text in [*installed(), *devices(found)]:
         print(f"{subject:<20}  {text}", flush=True)

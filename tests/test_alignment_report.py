@@ -1,5 +1,6 @@
 """`aml alignment-report` in miniature: its files, and its numbers against those of an evaluation and by hand."""
 
+import argparse
 import json
 import math
 import shutil
@@ -51,7 +52,7 @@ def test_files_are_there_and_show_something(run):
         "of this run", "trained", "trained, softmax", *alignment_maps.UNTRAINED, *alignment_maps.WITHOUT_TEXT,
     }  # fmt: skip
     assert len(results["maps"]["gaussian"]) == 2 and results["sentences"] == 9
-    assert "--steps 3 --seeds 2 --checkpoint run --out report" in text
+    assert "--steps 3 --seeds 2 --sentences 9 --pictures 2 --checkpoint run --out report`" in text
 
 
 def test_the_map_of_the_run_is_scored_as_an_evaluation_does(run, place):
@@ -159,6 +160,17 @@ def test_settings_that_the_checkpoint_has_settled_are_refused(run, place, tmp_pa
     assert cli.main(["alignment-report", *words]) == 2
     assert "model.name=caris: the checkpoint's own is used" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_the_command_in_a_report_can_be_given_to_a_shell():
+    parser = argparse.ArgumentParser()
+    alignment_report.add_arguments(parser)
+    options = parser.parse_args(["--out", "runs/the report", "--data", "my data", "--pictures", "0"])
+    options.settings = ["data.dataset=refcoco(unc)", "data.field=raw"]
+    assert alignment_report._command(options) == (
+        "aml alignment-report --pictures 0 --data 'my data' --out 'the report' "
+        "'data.dataset=refcoco(unc)' data.field=raw"
+    )
 
 
 def test_mistakes(place, capsys):

@@ -43,6 +43,25 @@ def drawn(seed, gain=0.0, photographs=40, noise=4.0):
     ]
 
 
+@pytest.mark.parametrize("given", ["run", "run/checkpoints/step-00000004"])
+def test_an_evaluation_of_weights_that_are_gone_is_refused(tmp_path, given):
+    """As after a run was made anew in a folder whose evaluations stayed."""
+    checkpoint = tmp_path / "run/checkpoints/step-00000004"
+    checkpoint.mkdir(parents=True)
+    marker = checkpoint / "COMPLETE"
+    marker.write_text(json.dumps({"files": {"model.safetensors": {"sha256": "a"}, "state.json": {"sha256": "b"}}}))
+    (checkpoint.parent / "best").write_text(checkpoint.name + "\n")
+    weights = stored.weights_of(checkpoint)
+    path = write(stored.folder_of(checkpoint), "refcoco-unc-val", drawn(0), weights=weights)
+    comparison.read_run(str(tmp_path / given), "val")
+    marker.write_text(marker.read_text().replace('"a"', '"c"'))
+    with pytest.raises(ValueError, match=r"val.json is of other weights than .*: aml eval --checkpoint .*run"):
+        comparison.read_run(str(tmp_path / given), "val")
+    comparison.read_run(path, "val")
+    marker.unlink()
+    comparison.read_run(str(tmp_path / given), "val")
+
+
 def compared(paths):
     return comparison.compare([comparison.read_run(path, "val") for path in paths])
 

@@ -99,6 +99,13 @@ def test_several_targets_and_none_are_counted(tmp_path, capsys):
     assert "WARN  1 training image also in other splits: results on the latter will be too good" in said
 
 
+@pytest.mark.parametrize(("there", "absent"), [("train", "val"), ("val", "train"), ("test", "train or val")])
+def test_a_data_set_that_cannot_be_trained_on_is_warned_of(tmp_path, capsys, there, absent):
+    code, said = run(capsys, "check", write_refer(tmp_path, [ref(0, there)]))
+    assert code == 0 and f"WARN  no split {absent}; there is {there}" in said
+    assert "no split" not in run(capsys, "check", write_refer(tmp_path))[1]
+
+
 def test_partitions_by_object_share_images_by_design(tmp_path, capsys):
     write_refer(tmp_path, split_by="google", dataset="refcocog")
     code, said = run(capsys, "check", tmp_path)
@@ -155,6 +162,15 @@ def test_bad_images_are_named_counted_and_left_out_when_asked(photographs, tmp_p
     resized.unlink()
     _, said = run(capsys, "check", photographs, "--quick")
     assert truncated.name not in said and resized.name in said
+
+
+@pytest.mark.parametrize("words", [(), ("--quick",)])
+def test_images_of_more_than_eight_bits_are_bad(tmp_path, capsys, words):
+    write_refer(tmp_path)
+    Image.new("I;16", (10, 8), 30000).save(tmp_path / "images/train2014/a.png")
+    code, said = run(capsys, "check", tmp_path, "--bad", tmp_path / "bad.txt", *words)
+    assert code == 1 and "1 image cannot be read (a.png: has 16 bits or more per channel (mode I;16)" in said
+    assert (tmp_path / "bad.txt").read_text().startswith("a.png\thas 16 bits")
 
 
 def test_images_under_their_names_of_2017_are_recognised(tmp_path, capsys):

@@ -200,6 +200,8 @@ def test_json_from_elsewhere_is_read_and_left_alone(tmp_path):
     path.write_text(json.dumps([ref(9, "train")]))
     assert [e.ref_id for e in ReferDataset(tmp_path).all_expressions()] == [9, 9]
     assert converted(tmp_path)[0].startswith(f"left {path} as it is")
+    (line,) = converted(tmp_path, out=tmp_path / "out")
+    assert line.startswith(f"left {path} as it is") and not (tmp_path / "out").exists()
     path.write_text("[{")
     with pytest.raises(ValueError, match=r"refs\(unc\).json is not JSON"):
         ReferDataset(tmp_path)

@@ -285,6 +285,9 @@ def test_a_damaged_image_names_file_and_sample(tmp_path, workers):
     broken.write_bytes(b"no image")
     with pytest.raises(OSError, match=f"{broken.name} was not read"):
         evaluation_set(refer)[0]
+    Image.new("I;16", (64, 64), 30000).save(broken, "PNG")
+    with pytest.raises(OSError, match=rf"{broken.name} was not read \(has 16 bits .*mode I;16\); save it with 8"):
+        evaluation_set(refer)[0]
     Image.new("RGB", (30, 20)).save(broken)
     with pytest.raises(ValueError, match=f"{broken.name} is 30 x 20, its annotations say 64 x 64"):
         evaluation_set(refer)[0]

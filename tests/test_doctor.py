@@ -160,6 +160,16 @@ def test_a_photograph_of_another_size_fails(place, words, tmp_path):
     assert {each.level for each in found} == {doctor.FAIL} and "is 9 x 9, its mask 64 x 64" in found[0].text
 
 
+def test_a_photograph_of_more_than_eight_bits_fails(place, words, tmp_path):
+    from PIL import Image
+
+    shutil.copytree(place / "data", tmp_path / "data")
+    for path in (tmp_path / "data/images/train2014").iterdir():
+        Image.new("I;16", (64, 64)).save(path, "PNG")
+    (found,) = doctor.data(load(None, [*words, f"data.root={tmp_path / 'data'}"]))
+    assert found.level == doctor.FAIL and "16 bits or more per channel" in found.text
+
+
 @pytest.mark.parametrize(
     ("program", "said"),
     [

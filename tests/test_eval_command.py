@@ -205,6 +205,29 @@ def test_a_folder_that_cannot_be_written_is_noticed_first(place, tmp_path, capsy
     assert "file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["data.resize=letterbox", "data.field=raw", "data"])
+def test_an_evaluation_with_other_settings_does_not_replace_the_runs_own(place, tmp_path, monkeypatch, capsys, other):
+    from aml import evaluation
+
+    out = ["--out", str(tmp_path / "found")]
+    words = ["eval", "--checkpoint", str(place / "run"), "--data", str(place / "data")]
+    assert cli.main([*words, *out]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "found").iterdir()}
+    assert cli.main([*words, *out]) == 0, "the same again may"
+    more = [other]
+    if other == "data":
+        refs = [ref(1, "val", image_id=4, ann_id=8)]
+        data = write_refer(tmp_path / "data", refs, [annotation(8, image_id=4)], files=[(4, "1.png")])
+        more = ["--data", str(data)]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", None)
+        assert cli.main([*words, *more, *out]) == 2
+    told = capsys.readouterr().err
+    assert "refcoco-unc-val.json is of other data or settings; give another --out" in told
+    assert {path: path.read_bytes() for path in (tmp_path / "found").iterdir()} == before
+    assert cli.main([*words, *more, "--out", str(tmp_path / "elsewhere")]) == 0
+
+
 def test_a_disturbed_evaluation_has_a_name_of_its_own(place, tmp_path):
     words = ["eval", "--checkpoint", str(place / "run"), "--data", str(place / "data"), "--out", str(tmp_path)]
     assert cli.main([*words, "--perturb", "blur:2"]) == 0

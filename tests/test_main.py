@@ -1,5 +1,8 @@
 """`python -m aml_kernels`: what it says about builds and devices, here and where they are pretended."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -96,3 +99,10 @@ def test_a_failing_check_is_reported_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(aml_kernels, "aml_loss", dies)
     assert report.main() == 1
     assert "FAILED: RuntimeError: no kernel image is available" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_error():
+    process = subprocess.Popen([sys.executable, "-m", "aml_kernels"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 141

@@ -93,6 +93,16 @@ def test_photographs_are_turned_upright_and_converted(photo, tmp_path):
     assert upright.size == (50, 70) and upright.mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [("png", "uint16"), ("tif", "uint16"), ("tif", "int32"), ("tif", "float32")]
+)
+def test_more_than_eight_bits_are_refused_where_they_would_be_clipped(tmp_path, suffix, dtype):
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.arange(0, 60000, 100, dtype).reshape(20, 30)).save(path)
+    with pytest.raises(OSError, match=r"deep.*16 bits or more per channel \(mode (I|I;16|F)\); save it with 8"):
+        load_photo(path)
+
+
 def test_unreadable_input_is_named(model, photo, tmp_path):
     (tmp_path / "photo.jpg").write_text("no image")
     with pytest.raises(OSError, match=r"photo\.jpg is not an image"):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -12,7 +13,7 @@ from runs import assert_same_run, lines
 
 from aml import checkpoint, training
 from aml.config import load
-from aml.errors import ResumeError, Stopped
+from aml.errors import CheckpointError, ResumeError, Stopped
 from aml.runlog import read_log
 from aml.training import train
 
@@ -161,6 +162,44 @@ def test_best_and_patience_survive(tmp_path, words, monkeypatch, stop_at):
     assert checkpoint.resolve(tmp_path).name == "step-00000008"
 
 
+@pytest.mark.parametrize("change", ["metric", "data"])
+def test_the_best_is_forgotten_where_scores_are_not_comparable(tmp_path, words, monkeypatch, capsys, stop_at, change):
+    """Even if the old one scored higher; until the next evaluation there is no best."""
+    scores = iter([0.9, 0.1, 0.05, 0.04])
+    metrics = training.evaluation.metrics
+
+    def scored(*args):
+        score = next(scores)
+        return metrics(*args) | {"mIoU": score, "oIoU": score}
+
+    monkeypatch.setattr(training.evaluation, "metrics", scored)
+    run = tmp_path / "run"
+    stop_at(6)
+    with pytest.raises(Stopped):
+        train(load(None, words(run, "train.patience=2", "train.keep=1")))
+    assert checkpoint.resolve(run).name == "step-00000004"
+    more = ["eval.metric=oIoU" if change == "metric" else f"data.root={tiny.write_data(tmp_path / 'data', train=7)}"]
+    changed = load(None, words(run, "train.patience=2", "train.keep=1", *more))
+    stop_at(7)
+    with pytest.raises(Stopped):
+        train(changed, resume=True, allow_change=["data"] if change == "data" else [])
+    cause = "eval.metric" if change == "metric" else "the data"
+    assert f"changed: best: 0.9000 at step 4 -> none yet, as {cause} changed" in capsys.readouterr().out
+    assert checkpoint.resolve(run).name == "step-00000007" and not (run / "checkpoints/best").exists()
+    stop_at()
+    train(changed, resume=True)
+    progress = checkpoint.read(checkpoint.newest(run)[0]).state["progress"]
+    assert (progress["step"], progress["best"], progress["best_step"], progress["stale"]) == (16, 0.1, 8, 2)
+    assert checkpoint.resolve(run).name == "step-00000008"
+
+
+def test_a_finished_run_keeps_its_best_when_asked_for_another_metric(tmp_path, words, straight, capsys):
+    run = shutil.copytree(straight, tmp_path / "run")
+    best = checkpoint.resolve(run)
+    train(load(None, words(run, "eval.metric=oIoU")), resume=True)
+    assert "the best oIoU is not known" in capsys.readouterr().out and checkpoint.resolve(run) == best
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [("train.batch_size=2", "batch"), ("train.accumulate=2", "batch"), ("train.seed=1", "seed")],
@@ -184,6 +223,15 @@ def test_changed_data_is_refused(tmp_path, words, stop_at):
     other = tiny.write_data(tmp_path / "data", train=7)
     with pytest.raises(ResumeError, match=r"(?s)  data: .*--allow-change data$"):
         train(load(None, words(tmp_path / "run", f"data.root={other}")), resume=True)
+
+
+def test_other_trained_parameters_are_told(tmp_path, words, stop_at):
+    stop_at(2)
+    with pytest.raises(Stopped):
+        train(load(None, words(tmp_path)))
+    frozen = load(None, words(tmp_path, "model.freeze_encoders=true"))
+    with pytest.raises(CheckpointError, match=r"optimizer.pt is of a run .*other parameters.*freeze_encoders, from"):
+        train(frozen, resume=True)
 
 
 def test_settings_given_on_resume_count(tmp_path, words, stop_at, capsys):

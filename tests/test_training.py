@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -28,6 +29,19 @@ def test_a_run_directory_is_neither_overwritten_nor_invented(tmp_path, words, st
         train(load(None, words(straight)))
     with pytest.raises(ResumeError, match="no complete checkpoint to resume from; start it without --resume"):
         train(load(None, words(tmp_path)), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("damage", ["other format", "no marker"])
+def test_a_run_whose_checkpoints_cannot_be_read_is_left_as_it_is(tmp_path, words, straight, damage, resume):
+    run = shutil.copytree(straight, tmp_path / "run")
+    for marker in run.glob("checkpoints/step-*/COMPLETE"):
+        marker.write_text('{"format": 1, "files": {}}') if damage == "other format" else marker.unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ResumeError, match=r"whose checkpoints cannot be read \(step-0.*: give another --out") as told:
+        train(load(None, words(run)), resume=resume)
+    assert "--resume" not in str(told.value)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_stays_as_it_is(straight, words):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,12 @@ def _render(folder: Path) -> Path:
 
 def _command(options: argparse.Namespace) -> str:
     """The call, with the options that differ from their defaults; folders by their last part."""
-    words = ["aml alignment-report"]
-    for name, default in (("split", "val"), ("train_split", "train"), ("steps", 100), ("lr", 3e-3), ("seeds", 3)):
+    words = ["aml", "alignment-report"]
+    defaults = {"split": "val", "train_split": "train", "steps": 100, "lr": 3e-3, "seeds": 3, "sentences": 400}
+    for name, default in (defaults | {"pictures": 4}).items():
         if getattr(options, name) != default:
-            words.append(f"--{name.replace('_', '-')} {getattr(options, name)}")
+            words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     for name in ("data", "checkpoint", "out"):
         if getattr(options, name):
-            words.append(f"--{name} {Path(getattr(options, name)).name}")
-    return " ".join([*words, *options.settings])
+            words += [f"--{name}", Path(getattr(options, name)).name or "."]
+    return shlex.join([*words, *options.settings])

@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> int:
             out, name = out.parent, out.stem
         if team.is_main:
             require_writable(out)
+            for dataset in datasets:
+                own = name or stored.name_of(subject.annotations.name, dataset.split, options.perturb)
+                stored.require_replaceable(out / f"{own}.json", subject.identity(dataset))
         found = []
         for dataset in datasets:
             if team.is_main and (warning := subject.trained_on(dataset.split)):

@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
         for path, photo in photos.items():
             try:
                 _predict_one(tools, path, photo or predict.load_photo(path), sentence, Path(options.out))
+            except BrokenPipeError:  # nobody reads what is printed; the files are there
+                raise
             except OSError as error:  # one of many
                 print(f"error: {error}", file=sys.stderr)
                 failed.append(str(path))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from aml.data import layout, published, refs
 from aml.data.layout import some
+from aml.data.photographs import require_eight_bits
 from aml.data.published import Counts
 from aml.data.refer import Expression, ReferDataset
 
@@ -70,6 +71,7 @@ class Images:
         try:
             with Image.open(path) as file:
                 size = file.size
+                require_eight_bits(file)
                 if self.decode:
                     file.draft("RGB", (1, 1))  # of a JPEG everything is read, and as little as possible computed
                     file.load()
@@ -146,6 +148,12 @@ def _check_counts(report: Report, root: Path) -> None:
             WARN,
             f"this is not {report.dataset} as published: {'; '.join(different)}",
             f"fine for data of your own; to compare results, get the original: {_source_of(report)}",
+        )
+    if absent := [split for split in ("train", "val") if split not in found]:
+        report.add(
+            WARN,
+            f"no split {' or '.join(absent)}; there is {', '.join(found)}",
+            "aml train needs train and val; to evaluate a split that is there: aml eval --split NAME",
         )
     if path.suffix == ".p":
         command = f"aml data convert {shlex.quote(str(root))} --dataset {report.dataset}"

@@ -13,7 +13,8 @@ from aml.files import appearing_whole, flush
 def convert(root: str | Path, dataset: str | None = None, out: str | Path | None = None) -> Iterator[str]:
     """Convert the pickles of one data set, or of all under `root`; yields a line about each.
 
-    out: write into <out>/<dataset>/, with a copy of instances.json; default: beside the pickles.
+    out: write into <out>/<dataset>/, with a copy of instances.json; default: beside the pickles. A pickle that is not
+        read, as JSON from elsewhere lies beside it, is left out.
 
     All fields are kept. The JSON file appears complete or not at all, after it was read back and found to hold the
     same refs. It remembers its pickle, so that a pickle that is replaced later is noticed.
@@ -30,11 +31,13 @@ def convert(root: str | Path, dataset: str | None = None, out: str | Path | None
         raise FileNotFoundError(f"no file refs(<split_by>).p under {root}" + (f"/{dataset}" if dataset else ""))
     for path in pickles:
         folder = Path(out) / path.parent.name if out is not None else path.parent
-        folder.mkdir(parents=True, exist_ok=True)
         target = (folder / path.name).with_suffix(".json")
-        if target.exists() and not refs.is_converted(target):
-            yield f"left {target} as it is: it is JSON from elsewhere, and read instead of {path.name}"
+        beside = path.with_suffix(".json")
+        foreign = next((file for file in (beside, target) if file.exists() and not refs.is_converted(file)), None)
+        if foreign is not None:
+            yield f"left {foreign} as it is: it is JSON from elsewhere, and read instead of {path.name}"
             continue
+        folder.mkdir(parents=True, exist_ok=True)
         count = _convert(path, target)
         yield f"wrote {target}: {count} refs, {target.stat().st_size / 1e6:.1f} MB"
         instances = path.with_name("instances.json")

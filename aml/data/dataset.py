@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from aml.data.photographs import to_rgb
 from aml.data.pixels import RESIZES, Box, crop_around, jitter_colours, padded, place, resized_image, resized_mask
 from aml.data.refer import Expression
 from aml.data.union import Annotations
@@ -176,7 +177,7 @@ class RISDataset(Dataset):
         where = f"sample {expression.sample_id}: image {expression.image_path}"
         try:
             with Image.open(expression.image_path) as file:
-                image = file.convert("RGB")
+                image = to_rgb(file)
         except Exception as error:  # decoders raise many types for damaged files
             raise OSError(
                 f"{where} was not read ({error}); get the file again, or leave it out:"
