@@ -130,7 +130,8 @@ class RunState:
             torch.set_rng_state(own["cpu"])
             if "cuda" in own and self.accelerator.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda"])
-            self.window.load(own["window"], self.accelerator.device)
+            if "batch" not in changed:  # its steps had as many batches as the present ones
+                self.window.load(own["window"], self.accelerator.device)
         return [*changed.values(), *differences(load(path / "config.yaml"), self.config)]
 
     def checked_skips(self) -> list[int]:
