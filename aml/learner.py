@@ -31,8 +31,8 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.aligner = model, aligner
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.aligner.training_step(self.model, batch, step)
+    def forward(self, batch: dict[str, Tensor], step: int, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.aligner.training_step(self.model, batch, step, draw)
 
 
 class Learner:
@@ -40,7 +40,8 @@ class Learner:
 
     def __init__(self, config: Config, accelerator: accelerate.Accelerator, model: RISModel, aligner: AlignmentLoss):
         self.accelerator, self.model, self.aligner = accelerator, model, aligner
-        self.clip_norm = config.optim.clip_norm
+        self.clip_norm, self.accumulate = config.optim.clip_norm, config.train.accumulate
+        self.accumulated = 0  # batches of the present step
         groups = model.parameter_groups(config.optim.lr, config.optim.weight_decay)
         own = list(aligner.parameters())
         groups += [{"name": "aligner", "params": own, "lr": config.optim.lr, "weight_decay": 0.0}] * bool(own)
@@ -80,11 +81,18 @@ class Learner:
             self.statistics_before = [buffer.clone() for buffer in self.statistics]
         with self.accelerator.accumulate(self.module):
             with self.accelerator.autocast():  # which Accelerate wraps around DDP's forward pass, but not around FSDP's
-                loss, record = self.module(batch, step)
+                loss, record = self.module(batch, step, self._draw(step))
             self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+            self.accumulated += 1
             if self.accelerator.sync_gradients:
+                self.accumulated = 0
                 record = record | {"gradient_norm": self._update()}
         return record
+
+    def _draw(self, step: int) -> int:
+        """The number of this rank's batch among all of the run."""
+        batch = step * self.accumulate + self.accumulated
+        return batch * self.accelerator.num_processes + self.accelerator.process_index
 
     def _update(self) -> Tensor:
         if self.scaler is not None:
