@@ -100,11 +100,16 @@ def save(
 def settle(path: Path, best_step: int | None, keep: int) -> None:
     """Point to a complete checkpoint as the last one, and remove old ones. Only one process may call this.
 
-    `save` ends with it; a run that resumes does it again, as it may have died just before.
+    `save` ends with it; a run that resumes does it again, as it may have died just before. Without the checkpoint of
+    `best_step`, which a better one since lost to damage has replaced, there is no pointer to a best one.
     """
     _point(path.parent, "last", path.name)
     if best_step is not None:
-        _point(path.parent, "best", f"step-{best_step:08d}")
+        best = path.with_name(f"step-{best_step:08d}")
+        if best.is_dir():
+            _point(path.parent, "best", best.name)
+        else:
+            (path.parent / "best").unlink(missing_ok=True)
     _prune(path, keep, best_step)
 
 
