@@ -9,14 +9,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from aml.alignment_maps import Map
 from aml.alignment_scores import resized_map, target_auc
 from aml.data.dataset import RISDataset, collate
 from aml.evaluation import wrong_sentence
-from aml.figures import INK, STYLE, TARGET
+from aml.figures import INK, STYLE, TARGET, save_png
 from aml.models.base import RISModel
 from aml_kernels import sample_quantile
 
@@ -47,7 +46,7 @@ def draw_scores(path: Path, results: dict[str, Any]) -> None:
         right.plot([0, *across, 1], [0, *up, 1], marker="o", markersize=4, color=colour, label=name)
     right.set(title="Target left out, unprotected", xlabel="share of all pixels left out", xlim=(0, 1), ylim=(0, 1))
     right.legend(loc="upper left", fontsize=8.5)
-    FigureCanvasAgg(figure).print_png(str(path))
+    save_png(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
@@ -91,7 +90,7 @@ def draw_maps(
             axis.set_title(f"{textwrap.fill(name, 22)}\nAUC {score:.2f}", fontsize=9, fontweight="normal", loc="center")
             if name.endswith("wrong sentence"):
                 axis.set_xlabel(textwrap.fill(others[row], 28), fontsize=7.5)
-    FigureCanvasAgg(figure).print_png(str(path))
+    save_png(figure, path)
 
 
 def _panel(axis: Any, picture: np.ndarray, target: np.ndarray) -> None:

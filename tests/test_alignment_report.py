@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -173,3 +174,18 @@ def test_mistakes(place, capsys):
         except SystemExit as stop:
             assert stop.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_sentence_without_a_target_leaves_the_results_json(run, place, tmp_path):
+    """Which has no word for NaN, its AUC."""
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    file = next(data.rglob("refs(*).p"))
+    refs = pickle.loads(file.read_bytes())
+    next(ref for ref in refs if ref["split"] == "val")["ann_id"] = -1
+    file.write_bytes(pickle.dumps(refs))
+    few = ["--steps", "0", "--seeds", "1", "--pictures", "0", "--data", str(data)]
+    assert cli.main(["alignment-report", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "x"), *few]) == 0
+    text = (tmp_path / "x/results.json").read_text()
+    results = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert None in [record["maps"]["of this run"][0][0] for record in results["records"]]
