@@ -42,13 +42,18 @@ def test_the_batches_of_a_step_leave_out_other_pixels(tmp_path, words, monkeypat
 @pytest.mark.parametrize("strategy", ["image", "random_blocks"])
 def test_the_batches_of_a_step_have_other_blocks_filled(tmp_path, words, monkeypatch, strategy):
     seeds = {"weak": [], "random": []}
-    for name, found in seeds.items():
+    weak, random = strategies.BlockFilter.weak, strategies.BlockFilter.random
 
-        def watched(self, *arguments, original=getattr(strategies.BlockFilter, name), found=found):
-            found.append(arguments[3 if len(arguments) == 6 else 2])
-            return original(self, *arguments)
+    def watched_weak(self, image, similarity, limit, seed, *others):
+        seeds["weak"].append(seed)
+        return weak(self, image, similarity, limit, seed, *others)
 
-        monkeypatch.setattr(strategies.BlockFilter, name, watched)
+    def watched_random(self, image, count, seed, *others):
+        seeds["random"].append(seed)
+        return random(self, image, count, seed, *others)
+
+    monkeypatch.setattr(strategies.BlockFilter, "weak", watched_weak)
+    monkeypatch.setattr(strategies.BlockFilter, "random", watched_random)
     train(load(None, words(tmp_path, f"alignment.strategy={strategy}")))
     for found in seeds.values():
         assert len(set(found)) == len(found)
