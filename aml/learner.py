@@ -9,6 +9,7 @@ does from a gradient scaler, and then leaves everything as it is. The host learn
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import accelerate
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel
 
 from aml import checkpoint, sharding
 from aml.alignment import AlignmentLoss
@@ -151,24 +151,22 @@ class Learner:
 
 
 class _Average:
-    """Exponential moving average of model and aligner, which does not move in a skipped step."""
+    """Exponential moving average of what is trained of model and aligner, which does not move in a skipped step."""
 
     def __init__(self, step: TrainingStep, decay: float, device: torch.device):
-        self.averaged = AveragedModel(step, multi_avg_fn=self._move)
-        self.averaged.module.to(device)  # not its counter, which PyTorch reads on the host
-        self.averaged.n_averaged += 1  # it starts at the first weights
+        self.step = copy.deepcopy(step).to(device)  # it starts at the first weights
         self.decay = decay
 
     @property
     def modules(self) -> tuple[RISModel, AlignmentLoss]:
-        step: Any = self.averaged.module
-        return step.model, step.aligner
+        return self.step.model, self.step.aligner
 
+    @torch.no_grad()
     def update(self, module: nn.Module, skipped: Tensor) -> None:
-        self.rate = (1 - self.decay) * (~skipped).float()
-        self.averaged.update_parameters(module)
-
-    def _move(self, averaged: Any, current: Any, _: Any) -> None:
+        pairs = zip(self.step.parameters(), module.parameters(), strict=True)
+        averaged, current = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         changes = torch._foreach_sub(current, averaged)
-        torch._foreach_mul_(changes, self.rate)
+        torch._foreach_mul_(changes, (1 - self.decay) * (~skipped).float())
         torch._foreach_add_(averaged, changes)
+        for own, buffer in zip(self.step.buffers(), module.buffers(), strict=True):
+            own.copy_(buffer)
