@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from aml.alignment_maps import Map
+from aml.alignment_maps import Map, cells_of_picture
 from aml.alignment_scores import resized_map, target_auc
 from aml.data.dataset import RISDataset, collate
 from aml.evaluation import wrong_sentence
@@ -62,7 +62,7 @@ def draw_maps(
     """A row per sentence: the image with its target, and maps over it; outlined in black is what the lowest quarter of
     the map leaves out. Behind the first map, the same one for a wrong sentence."""
     batch = collate([dataset[index] for index in indices])
-    image, target = batch["image"].to(device), batch["target"]
+    image, target, valid = batch["image"].to(device), batch["target"], batch.get("valid")
     others = [wrong_sentence(dataset, index) for index in indices]
     wrong = model.encode(image, *(tensor.to(device) for tensor in model.tokenize(others)))
     right = model.encode(image, batch["tokens"].to(device), batch["text_mask"].to(device))
@@ -81,11 +81,12 @@ def draw_maps(
         grid[row][0].set_title(sentence, fontsize=9, fontweight="normal", loc="center")
         for axis, (name, similarity) in zip(grid[row][1:], columns.items(), strict=True):
             one = similarity[row : row + 1]
-            score = target_auc(one, target[row : row + 1]).item()
+            exists = None if valid is None else valid[row : row + 1]
+            score = target_auc(one, target[row : row + 1], exists).item()
             full = resized_map(one, target.shape[1:])[0].numpy()
             _panel(axis, pictures[row].mean(axis=2, keepdims=True).repeat(3, axis=2), target[row].numpy())
             axis.imshow(full, cmap="viridis", alpha=0.62)
-            limit = sample_quantile(one, LEFT_OUT).item()
+            limit = sample_quantile(one, LEFT_OUT, valid=cells_of_picture(one, exists)).item()
             axis.contour(full, [limit], colors="black", linewidths=1, linestyles="solid")
             axis.set_title(f"{textwrap.fill(name, 22)}\nAUC {score:.2f}", fontsize=9, fontweight="normal", loc="center")
             if name.endswith("wrong sentence"):
