@@ -118,33 +118,45 @@ class AlignmentLoss(nn.Module):
 
     # ------------------------------------------------------------------------------------------- one training step
 
-    def training_step(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Record]:
+    def training_step(
+        self, model: nn.Module, batch: dict[str, Tensor], step: int, draw: int | None = None
+    ) -> tuple[Tensor, Record]:
         """Run the model and return what `forward` returns, under every strategy.
 
-        model: a `RISModel`, or a `FeatureTap`. batch: image, tokens, text_mask, target, and optionally valid.
+        model: a `RISModel`, or a `FeatureTap`. batch: image, tokens, text_mask, target, and optionally valid. draw: as
+        in `forward`.
         """
+        draw = step if draw is None else draw
         inputs = batch["image"], batch["tokens"], batch["text_mask"]
         if self._is_active(step) and self.strategy in BLOCK_STRATEGIES:
-            return self._step_on_filtered(model, inputs, batch["target"], step, batch.get("valid"))
+            return self._step_on_filtered(model, inputs, batch["target"], draw, batch.get("valid"))
         logits, alignment = model(*inputs, return_alignment=True)
         if self._is_active(step) and self.strategy == "released":
             if "valid" in batch:
                 raise ValueError("valid: strategy 'released' knows no padding; expected squashed images")
-            return self._step_on_both(model, inputs, batch["target"], step, logits, alignment)
-        return self(logits, batch["target"], alignment, step, batch.get("valid"))
+            return self._step_on_both(model, inputs, batch["target"], draw, logits, alignment)
+        return self(logits, batch["target"], alignment, step, batch.get("valid"), draw)
 
     def forward(
-        self, logits: Tensor, target: Tensor, alignment: AlignmentInputs, step: int, valid: Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        alignment: AlignmentInputs,
+        step: int,
+        valid: Tensor | None = None,
+        draw: int | None = None,
     ) -> tuple[Tensor, Record]:
         """logits [B, h', w']; target [B, H, W] bool or uint8; step: of the optimizer, from 0.
 
-        valid: bool [B, H, W], False for letterbox padding, which then counts for nothing.
+        valid: bool [B, H, W], False for letterbox padding, which then counts for nothing. draw: with the seed it fixes
+        what is random, so each batch needs its own, where a step has several or there are several ranks; default: step.
         Strategies that filter the image do so in `training_step`: here they keep every pixel.
 
         Returns the loss and a record of detached scalars: loss, bce, dice, iou (over the whole image); kept and
         target_left_out (shares of pixels and of target pixels); threshold, where something is left out; aux where the
         projection is trained.
         """
+        draw = step if draw is None else draw
         map_valid = _valid_cells(alignment, valid)
         filtering: dict[str, Any] = {"valid": valid}
         threshold = similarity = None
@@ -159,7 +171,7 @@ class AlignmentLoss(nn.Module):
             filtering["similarity"] = similarity.detach()
             if self.strategy != "loss":
                 random = self.strategy == "random"
-                worth = strategies.noise(target, self.seed, step) if random else strategies.pixel_losses(logits, target)
+                worth = strategies.noise(target, self.seed, draw) if random else strategies.pixel_losses(logits, target)
                 filtering, threshold = strategies.worst_ranked(logits, target, worth, filtering)
         elif self.patchmax.learns:
             similarity = self.similarity(alignment)
@@ -169,7 +181,7 @@ class AlignmentLoss(nn.Module):
         return self._finish(loss, _record(stats, target, valid, threshold), similarity, target, map_valid)
 
     def _step_on_filtered(
-        self, model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, step: int, valid: Tensor | None
+        self, model: nn.Module, inputs: tuple[Tensor, ...], target: Tensor, draw: int, valid: Tensor | None
     ) -> tuple[Tensor, Record]:
         """Encoders without gradient, then the model on what is left of the image."""
         with _as_in_evaluation(model), torch.no_grad():
@@ -180,7 +192,7 @@ class AlignmentLoss(nn.Module):
         similarity = self.similarity(alignment)
         limit = self._limits(similarity.detach(), map_valid)
         protect = target > 0.5 if self.protect_target else None
-        seed = self.seed * 2**32 + step
+        seed = self.seed * 2**32 + draw % 2**32
         filtered, dropped = self.blocks.weak(inputs[0], similarity.detach(), limit, seed, protect, map_valid)
         if self.strategy == "random_blocks":
             count = dropped.sum((1, 2))
@@ -195,14 +207,14 @@ class AlignmentLoss(nn.Module):
         model: nn.Module,
         inputs: tuple[Tensor, ...],
         target: Tensor,
-        step: int,
+        draw: int,
         logits: Tensor,
         alignment: AlignmentInputs,
     ) -> tuple[Tensor, Record]:
         """Half the loss of the clean image and half that of the filtered one, as the released code has it."""
         similarity = self.similarity(alignment)
         limit = self._limits(similarity.detach(), None)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + draw) % 2**32)
         filtered, dropped = strategies.released_filter(
             inputs[0], similarity.detach(), limit, lambda count: self._permutation(count, generator)
         )

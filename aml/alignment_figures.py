@@ -9,14 +9,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from aml.alignment_maps import Map
+from aml.alignment_maps import Map, cells_of_picture
 from aml.alignment_scores import resized_map, target_auc
 from aml.data.dataset import RISDataset, collate
 from aml.evaluation import wrong_sentence
-from aml.figures import INK, STYLE, TARGET
+from aml.figures import INK, STYLE, TARGET, save_png
 from aml.models.base import RISModel
 from aml_kernels import sample_quantile
 
@@ -47,7 +46,7 @@ def draw_scores(path: Path, results: dict[str, Any]) -> None:
         right.plot([0, *across, 1], [0, *up, 1], marker="o", markersize=4, color=colour, label=name)
     right.set(title="Target left out, unprotected", xlabel="share of all pixels left out", xlim=(0, 1), ylim=(0, 1))
     right.legend(loc="upper left", fontsize=8.5)
-    FigureCanvasAgg(figure).print_png(str(path))
+    save_png(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
@@ -63,7 +62,7 @@ def draw_maps(
     """A row per sentence: the image with its target, and maps over it; outlined in black is what the lowest quarter of
     the map leaves out. Behind the first map, the same one for a wrong sentence."""
     batch = collate([dataset[index] for index in indices])
-    image, target = batch["image"].to(device), batch["target"]
+    image, target, valid = batch["image"].to(device), batch["target"], batch.get("valid")
     others = [wrong_sentence(dataset, index) for index in indices]
     wrong = model.encode(image, *(tensor.to(device) for tensor in model.tokenize(others)))
     right = model.encode(image, batch["tokens"].to(device), batch["text_mask"].to(device))
@@ -82,16 +81,17 @@ def draw_maps(
         grid[row][0].set_title(sentence, fontsize=9, fontweight="normal", loc="center")
         for axis, (name, similarity) in zip(grid[row][1:], columns.items(), strict=True):
             one = similarity[row : row + 1]
-            score = target_auc(one, target[row : row + 1]).item()
+            exists = None if valid is None else valid[row : row + 1]
+            score = target_auc(one, target[row : row + 1], exists).item()
             full = resized_map(one, target.shape[1:])[0].numpy()
             _panel(axis, pictures[row].mean(axis=2, keepdims=True).repeat(3, axis=2), target[row].numpy())
             axis.imshow(full, cmap="viridis", alpha=0.62)
-            limit = sample_quantile(one, LEFT_OUT).item()
+            limit = sample_quantile(one, LEFT_OUT, valid=cells_of_picture(one, exists)).item()
             axis.contour(full, [limit], colors="black", linewidths=1, linestyles="solid")
             axis.set_title(f"{textwrap.fill(name, 22)}\nAUC {score:.2f}", fontsize=9, fontweight="normal", loc="center")
             if name.endswith("wrong sentence"):
                 axis.set_xlabel(textwrap.fill(others[row], 28), fontsize=7.5)
-    FigureCanvasAgg(figure).print_png(str(path))
+    save_png(figure, path)
 
 
 def _panel(axis: Any, picture: np.ndarray, target: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from aml.alignment_scores import resized_map, target_auc, target_below
 from aml.data.dataset import RISDataset, collate
+from aml.data.pixels import valid_cells
 from aml.evaluation import wrong_sentence
 from aml.models.base import AlignmentInputs, RISModel
 from aml.patchmax import PatchMax
@@ -75,7 +76,8 @@ def trained_maps(
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         with torch.no_grad():
             features = model.encode(*(batch[name].to(device) for name in ("image", "tokens", "text_mask")))
-        loss = pair.auxiliary_loss(pair(features), batch["target"].to(device))
+        similarity, valid = pair(features), batch["valid"].to(device) if "valid" in batch else None
+        loss = pair.auxiliary_loss(similarity, batch["target"].to(device), cells_of_picture(similarity, valid))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,7 +122,8 @@ def measure(
             scores[name] = []
             for one in seeds:
                 similarity = one(features)
-                limits = torch.stack([sample_quantile(similarity, q) for q in QUANTILES])
+                cells = cells_of_picture(similarity, valid)
+                limits = torch.stack([sample_quantile(similarity, q, valid=cells) for q in QUANTILES])
                 right = target_auc(similarity, target, valid)
                 swapped = right if name in WITHOUT_TEXT else target_auc(one(wrong), target, valid)
                 lost = target_below(similarity, target, limits, valid)
@@ -142,6 +145,11 @@ def measure(
                 }
             )
     return records
+
+
+def cells_of_picture(similarity: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Which cells of a map are picture, where there is padding."""
+    return None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
 
 
 def _literal(similarity: Tensor, image: Tensor, target: Tensor) -> dict[str, Tensor]:

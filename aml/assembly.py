@@ -11,6 +11,7 @@ import torch
 from aml.alignment import AlignmentLoss
 from aml.config import Config, ConfigError
 from aml.data.dataset import RISDataset
+from aml.data.layout import some
 from aml.data.union import Annotations, open_dataset, read_skip_list
 from aml.models import RISModel
 from aml.strategies import RELEASED_BLOCK
@@ -40,6 +41,12 @@ def open_data(config: Config) -> Annotations:
     found = open_dataset(data.root, data.dataset, data.split_by, data.images, data.field, skip)
     if data.skip and os.environ.get("RANK", "0") == "0":
         print(f"data.skip={data.skip}: {found.skipped} objects left out of all splits", file=sys.stderr)
+        if unknown := sorted(found.unknown_skips):
+            print(
+                f"data.skip={data.skip}: {len(unknown)} of {len(skip)} names are of no image of {found.name}"
+                f" ({some(unknown)}); the names are those in instances.json",
+                file=sys.stderr,
+            )
     return found
 
 

@@ -100,12 +100,14 @@ def save(
 def settle(path: Path, best_step: int | None, keep: int) -> None:
     """Point to a complete checkpoint as the last one, and remove old ones. Only one process may call this.
 
-    best_step: None if no evaluation counts; what was the best then no longer is.
+    best_step: None if no evaluation counts. Then, and where its checkpoint is gone, as a better one that damage took
+    had replaced it, there is no pointer to a best one.
     `save` ends with it; a run that resumes does it again, as it may have died just before.
     """
     _point(path.parent, "last", path.name)
-    if best_step is not None:
-        _point(path.parent, "best", f"step-{best_step:08d}")
+    best = None if best_step is None else path.with_name(f"step-{best_step:08d}")
+    if best is not None and best.is_dir():
+        _point(path.parent, "best", best.name)
     else:
         (path.parent / "best").unlink(missing_ok=True)
     _prune(path, keep, best_step)

@@ -234,10 +234,9 @@ def meaning(each: Difference) -> str:
 def draw(comparison: Comparison, path: Path) -> None:
     """The differences with their intervals as one PNG; the thin line is over photographs and seeds."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from aml.figures import COLOURS, STYLE
+    from aml.figures import COLOURS, STYLE, save_png
 
     own_size = bool(comparison.prefixes[0])
     differences = [each for each in comparison.differences if each.metric.startswith("full_") == own_size]
@@ -260,4 +259,4 @@ def draw(comparison: Comparison, path: Path) -> None:
             axis.set_yticks(range(len(labels)), labels)
             axis.grid(axis="y", visible=False)
         figure.supxlabel(f"points minus {comparison.settings[0].label}; 95 % intervals", fontsize=10)
-        FigureCanvasAgg(figure).print_png(str(path))
+        save_png(figure, path)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from aml.demo_results import CONDITIONS, STRATEGIES, paired_difference, table
-from aml.files import require_no_file, write_json
+from aml.files import require_no_file, write_json, write_whole
 from aml.metrics import iou
 
 
@@ -84,7 +84,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> Path:
     results["seconds"] = _seconds(out)
     write_json(out / "results.json", results)
     report = out / "report.html"
-    report.write_text(demo_report.report(out, results), encoding="utf-8")
+    write_whole(report, demo_report.report(out, results))
     print(f"\n{table(results)}\n\nwrote {report} ({sum(results['seconds'].values()) / 60:.1f} minutes of work)")
     return report
 

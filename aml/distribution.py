@@ -8,7 +8,7 @@ import os
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from aml.config import Config, ConfigError
@@ -29,7 +29,8 @@ def open_accelerator(config: Config) -> accelerate.Accelerator:
     made = accelerate.Accelerator(
         cpu=not torch.accelerator.is_available(),  # untold, it takes CPU processes for separate runs
         mixed_precision=config.train.precision,
-        gradient_accumulation_steps=config.train.accumulate,
+        # As a number, ACCELERATE_GRADIENT_ACCUMULATION_STEPS of the environment would come before it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(config.train.accumulate),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from aml.alignment import AlignmentLoss
 from aml.alignment_scores import alignment_scores
-from aml.data.dataset import RISDataset
+from aml.data.dataset import RISDataset, full_targets
 from aml.data.loading import read_batches
 from aml.data.pixels import at_own_size, valid_cells
 from aml.metrics import metrics
@@ -109,7 +109,7 @@ def _judged(
         "sentence": [expression.sentence for expression in expressions],
         "no_target": [not expression.annotation_ids for expression in expressions],
     }
-    columns |= _counts(logits, target, valid, batch["full_target"], dataset.resize)
+    columns |= _counts(logits, target, valid, full_targets(batch), dataset.resize)
     if aligner is not None:
         similarity = aligner.similarity(alignment)
         cells = None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
@@ -127,19 +127,19 @@ def _judged(
 
 
 def _counts(
-    logits: Tensor, target: Tensor, valid: Tensor | None, full_targets: Sequence[Tensor], resize: str
+    logits: Tensor, target: Tensor, valid: Tensor | None, full: Sequence[Tensor], resize: str
 ) -> dict[str, list[int]]:
     """At the input's size over what is photograph there, and at the photograph's own size."""
     names = ("intersection", "union", "target")
     square = resized(logits, target.shape[1:])
     square = square if valid is None else square.masked_fill(~valid, -torch.inf)
     columns = {name: c.tolist() for name, c in zip(names, counts(square, target), strict=True)}
-    full = []
-    for logit, full_target in zip(logits, full_targets, strict=True):
+    rows = []
+    for logit, full_target in zip(logits, full, strict=True):
         height, width = full_target.shape
         found = at_own_size(logit, height, width, target.shape[1], resize)
-        full.append(torch.cat(counts(found[None], full_target[None].to(logits.device))).tolist())
-    return columns | {f"full_{name}": list(c) for name, c in zip(names, zip(*full, strict=True), strict=True)}
+        rows.append(torch.cat(counts(found[None], full_target[None].to(logits.device))).tolist())
+    return columns | {f"full_{name}": list(c) for name, c in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def resized(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from aml.demo_results import CONDITIONS, STRATEGIES, condition_name
+from aml.files import appearing_whole
 
 # Distinct without colour vision, after Okabe and Ito.
 COLOURS = {"none": "#555555", "random": "#56b4e9", "easiest": "#e69f00", "loss": "#009e73"}
@@ -41,16 +42,18 @@ def draw_all(out: Path, results: dict[str, Any], examples: Sequence[dict[str, An
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        _save(_curves(results), out / "curves.png")
-        _save(_differences(results), out / "differences.png")
-        _save(_examples_by_row(examples), out / "examples.png")
-        _save(_examples_by_column(examples), out / "picture.png")
+        save_png(_curves(results), out / "curves.png")
+        save_png(_differences(results), out / "differences.png")
+        save_png(_examples_by_row(examples), out / "examples.png")
+        save_png(_examples_by_column(examples), out / "picture.png")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_png(figure: Any, path: Path) -> None:
+    """Whole, or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).print_png(str(path))
+    with appearing_whole(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
 
 
 def _figure(width: float, height: float) -> Any:

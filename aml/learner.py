@@ -9,6 +9,7 @@ does from a gradient scaler, and then leaves everything as it is. The host learn
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import accelerate
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel
 
 from aml import checkpoint, sharding
 from aml.alignment import AlignmentLoss
@@ -32,8 +32,8 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.aligner = model, aligner
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.aligner.training_step(self.model, batch, step)
+    def forward(self, batch: dict[str, Tensor], step: int, draw: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.aligner.training_step(self.model, batch, step, draw)
 
 
 class Learner:
@@ -41,7 +41,8 @@ class Learner:
 
     def __init__(self, config: Config, accelerator: accelerate.Accelerator, model: RISModel, aligner: AlignmentLoss):
         self.accelerator, self.model, self.aligner = accelerator, model, aligner
-        self.clip_norm = config.optim.clip_norm
+        self.clip_norm, self.accumulate = config.optim.clip_norm, config.train.accumulate
+        self.accumulated = 0  # batches of the present step
         groups = model.parameter_groups(config.optim.lr, config.optim.weight_decay)
         own = list(aligner.parameters())
         groups += [{"name": "aligner", "params": own, "lr": config.optim.lr, "weight_decay": 0.0}] * bool(own)
@@ -81,11 +82,18 @@ class Learner:
             self.statistics_before = [buffer.clone() for buffer in self.statistics]
         with self.accelerator.accumulate(self.module):
             with self.accelerator.autocast():  # which Accelerate wraps around DDP's forward pass, but not around FSDP's
-                loss, record = self.module(batch, step)
+                loss, record = self.module(batch, step, self._draw(step))
             self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+            self.accumulated += 1
             if self.accelerator.sync_gradients:
+                self.accumulated = 0
                 record = record | {"gradient_norm": self._update()}
         return record
+
+    def _draw(self, step: int) -> int:
+        """The number of this rank's batch among all of the run."""
+        batch = step * self.accumulate + self.accumulated
+        return batch * self.accelerator.num_processes + self.accelerator.process_index
 
     def _update(self) -> Tensor:
         if self.scaler is not None:
@@ -153,24 +161,22 @@ class Learner:
 
 
 class _Average:
-    """Exponential moving average of model and aligner, which does not move in a skipped step."""
+    """Exponential moving average of what is trained of model and aligner, which does not move in a skipped step."""
 
     def __init__(self, step: TrainingStep, decay: float, device: torch.device):
-        self.averaged = AveragedModel(step, multi_avg_fn=self._move)
-        self.averaged.module.to(device)  # not its counter, which PyTorch reads on the host
-        self.averaged.n_averaged += 1  # it starts at the first weights
+        self.step = copy.deepcopy(step).to(device)  # it starts at the first weights
         self.decay = decay
 
     @property
     def modules(self) -> tuple[RISModel, AlignmentLoss]:
-        step: Any = self.averaged.module
-        return step.model, step.aligner
+        return self.step.model, self.step.aligner
 
+    @torch.no_grad()
     def update(self, module: nn.Module, skipped: Tensor) -> None:
-        self.rate = (1 - self.decay) * (~skipped).float()
-        self.averaged.update_parameters(module)
-
-    def _move(self, averaged: Any, current: Any, _: Any) -> None:
+        pairs = zip(self.step.parameters(), module.parameters(), strict=True)
+        averaged, current = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         changes = torch._foreach_sub(current, averaged)
-        torch._foreach_mul_(changes, self.rate)
+        torch._foreach_mul_(changes, (1 - self.decay) * (~skipped).float())
         torch._foreach_add_(averaged, changes)
+        for own, buffer in zip(self.step.buffers(), module.buffers(), strict=True):
+            own.copy_(buffer)

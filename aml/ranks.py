@@ -54,7 +54,8 @@ def joined() -> Iterator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Several ranks may share a GPU, and a launcher may show each rank its own one only.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if world == 1:
         yield Ranks(0, 1, device)

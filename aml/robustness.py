@@ -85,10 +85,9 @@ def markdown(results: dict[str, Any]) -> str:
 def draw(path: Path, results: dict[str, Any], metrics: Sequence[str] = SHOWN) -> None:
     """A panel per kind: metrics against severity, 0 being the photographs as they are."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from aml.figures import COLOURS, MARKERS, STYLE
+    from aml.figures import COLOURS, MARKERS, STYLE, save_png
 
     looks = list(zip(metrics, (COLOURS["loss"], COLOURS["easiest"]), (MARKERS["none"], MARKERS["random"]), strict=True))
     with matplotlib.rc_context(STYLE):
@@ -106,4 +105,4 @@ def draw(path: Path, results: dict[str, Any], metrics: Sequence[str] = SHOWN) ->
         axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center left")
         figure.supxlabel("severity", fontsize=10)
         figure.supylabel("%", fontsize=10)
-        FigureCanvasAgg(figure).print_png(str(path))
+        save_png(figure, path)

@@ -45,9 +45,9 @@ def worst_ranked(
     return {"similarity": rank.float(), "threshold": left_out.float(), "valid": valid}, stats.threshold
 
 
-def noise(target: Tensor, seed: int, step: int) -> Tensor:
-    """Uniform in [0, 1), of the target's shape: a function of seed, step and the kind of device."""
-    seed = (seed * 1_000_003 + step) % 2**32  # the CPU generator reads 32 bits of it
+def noise(target: Tensor, seed: int, draw: int) -> Tensor:
+    """Uniform in [0, 1), of the target's shape: a function of seed, draw and the kind of device."""
+    seed = (seed * 1_000_003 + draw) % 2**32  # the CPU generator reads 32 bits of it
     generator = torch.Generator(target.device).manual_seed(seed)
     return torch.rand(target.shape, generator=generator, device=target.device)
 

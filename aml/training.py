@@ -10,7 +10,6 @@ communicate between ranks say "collective": all ranks must call them.
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -35,6 +34,7 @@ from aml.data.loading import read_batches
 from aml.data.union import Annotations
 from aml.distribution import open_accelerator
 from aml.errors import Stopped
+from aml.files import write_json, write_whole
 from aml.learner import Learner
 from aml.models import build_model
 from aml.runlog import RunLog, tensorboard_writer
@@ -242,9 +242,9 @@ class _Trainer:
         """Write what the run is, and open its log at the present step. Collective."""
         if self.is_main:
             self.log = RunLog(self.out, self.state.progress.step, self.config.train.tensorboard)
-            (self.out / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            write_whole(self.out / "config.yaml", to_yaml(self.config))
             run = {"command": sys.argv, "source": self.state.source, "versions": self.state.versions}
-            (self.out / "run.json").write_text(json.dumps(run | self.state.identity, indent=1), encoding="utf-8")
+            write_json(self.out / "run.json", run | self.state.identity)
         self._print(self._header())
         self.accelerator.wait_for_everyone()
 

@@ -137,7 +137,8 @@ class RunState:
             torch.set_rng_state(own["cpu"])
             if "cuda" in own and self.accelerator.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda"])
-            self.window.load(own["window"], self.accelerator.device)
+            if "batch" not in changed:  # its steps had as many batches as the present ones
+                self.window.load(own["window"], self.accelerator.device)
         notes = [*changed.values(), *differences(before, self.config)]
         if before.eval.metric != self.config.eval.metric:
             notes += self._forget_best("eval.metric")

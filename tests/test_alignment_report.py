@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from aml import alignment_maps, assembly, checkpoint, cli, evaluation, predict
 from aml.alignment_tables import markdown
@@ -185,3 +187,41 @@ def test_mistakes(place, capsys):
         except SystemExit as stop:
             assert stop.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_sentence_without_a_target_leaves_the_results_json(run, place, tmp_path):
+    """Which has no word for NaN, its AUC."""
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    file = next(data.rglob("refs(*).p"))
+    refs = pickle.loads(file.read_bytes())
+    next(ref for ref in refs if ref["split"] == "val")["ann_id"] = -1
+    file.write_bytes(pickle.dumps(refs))
+    few = ["--steps", "0", "--seeds", "1", "--pictures", "0", "--data", str(data)]
+    assert cli.main(["alignment-report", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "x"), *few]) == 0
+    text = (tmp_path / "x/results.json").read_text()
+    results = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert None in [record["maps"]["of this run"][0][0] for record in results["records"]]
+
+
+def test_padding_is_no_part_of_a_letterboxed_picture(place, tmp_path):
+    """Of wide pictures, half the square: what is left out at a quantile is that share of the picture."""
+    root = tmp_path / "data"
+    shutil.copytree(place / "data", root)
+    file = next(root.rglob("instances.json"))
+    instances = json.loads(file.read_text())
+    for image in instances["images"]:
+        path = next(root.rglob(image["file_name"]))
+        Image.open(path).crop((0, 16, 64, 48)).save(path)
+        image["height"] = 32
+    for each in instances["annotations"]:
+        mask = coco_mask.decode(each["segmentation"] | {"counts": each["segmentation"]["counts"].encode()})[16:48]
+        counts = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+        each["segmentation"] = {"size": [32, 64], "counts": counts}
+    file.write_text(json.dumps(instances))
+    few = ["--steps", "2", "--seeds", "1", "--pictures", "1", "--data", str(root), "--out", str(tmp_path / "report")]
+    words = tiny.settings(root, place / "encoder", tmp_path / "unused", "data.resize=letterbox", "model.image_size=256")
+    assert cli.main(["alignment-report", *few, *words]) == 0
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    for name, (found,) in results["maps"].items():
+        assert found["left_out"] == pytest.approx(results["quantiles"], abs=0.12), name  # of cells, resized

@@ -113,6 +113,21 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert resolve(tmp_path / "checkpoints/last").name == "step-00000100"
 
 
+def test_a_best_checkpoint_that_is_gone_is_not_pointed_to(tmp_path):
+    """Step 20 became the best and is damaged; the run goes on from step 10, for which step 5 was."""
+    for step, best in ((5, 5), (10, 5), (20, 20)):
+        save(tmp_path, step, best_step=best, keep=2)
+    flip(tmp_path / "checkpoints/step-00000020/model.safetensors")
+    found, _ = newest(tmp_path)
+    assert found.name == "step-00000010"
+    checkpoint.settle(found, 5, 2)
+    assert resolve(tmp_path) == found
+    save(tmp_path, 11, best_step=5)
+    assert resolve(tmp_path).name == "step-00000011"
+    save(tmp_path, 12, best_step=12)
+    assert resolve(tmp_path).name == checkpoint.read_pointer(tmp_path / "checkpoints/best") == "step-00000012"
+
+
 def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tmp_path):
     for step in (10, 20):
         flip(save(tmp_path, step, keep=1) / "model.safetensors")

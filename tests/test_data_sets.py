@@ -17,6 +17,8 @@ from refer_files import SQUARE, annotation, ref, write_refer
 from test_dataset import PLAIN, tokenize_letters
 from test_refer import GOLDEN, REAL, Hostile, needs_golden, needs_real
 
+from aml.assembly import open_data
+from aml.config import load
 from aml.data import refs as refs_module
 from aml.data.convert import convert
 from aml.data.dataset import RISDataset
@@ -355,3 +357,21 @@ def test_images_are_left_out_when_asked_and_counted(tmp_path):
     assert part.fingerprint != whole.fingerprint
     with pytest.raises(ValueError, match="skip names all of its images"):
         ReferDataset(REAL, skip={e.image_path.name for e in whole.all_expressions()})
+
+
+def test_a_list_of_images_from_another_editor_is_read(tmp_path):
+    """Windows begins files with a mark, and ends lines otherwise."""
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfa.png\tmissing\r\nb c.png \r\n  \r\n")
+    assert read_skip_list(tmp_path / "bad.txt") == ["a.png", "b c.png"]
+
+
+@pytest.mark.parametrize("dataset", ["refcoco", "refcoco,refcocog"])
+def test_names_to_leave_out_that_no_image_has_are_told(tmp_path, capsys, dataset):
+    parts = [ref(0, "train"), ref(1, "val", image_id=4, ann_id=9)], [annotation(7), annotation(9, image_id=4)]
+    write_refer(tmp_path, *parts, files=((3, "a.png"), (4, "b.png")))
+    write_refer(tmp_path, *parts, files=((3, "a.png"), (4, "c.png")), dataset="refcocog", split_by="umd")
+    (tmp_path / "bad.txt").write_text("b.png\nc.png\n./a.png\n")
+    open_data(load(None, [f"data.root={tmp_path}", f"data.dataset={dataset}", f"data.skip={tmp_path / 'bad.txt'}"]))
+    told = capsys.readouterr().err
+    unknown = "./a.png, c.png" if dataset == "refcoco" else "./a.png"
+    assert f"{1 + (dataset == 'refcoco')} of 3 names are of no image of refcoco(unc)" in told and f"({unknown})" in told

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aml.data import pixels
-from aml.data.dataset import EpochBatches, RISDataset, collate
+from aml.data.dataset import EpochBatches, RISDataset, collate, full_targets
 from aml.data.loading import read_batches
 from aml.data.refer import ReferDataset
 from aml.data.scenes import render_scenes
@@ -249,12 +249,14 @@ def test_changing_an_item_does_not_change_the_next(refer):
     assert_same(data[1], expected)
 
 
-def test_collate_keeps_what_differs_in_size_as_lists(refer):
+def test_collate_joins_what_differs_in_size(refer):
     data = evaluation_set(refer)
     batch = collate([data[i] for i in (4, 1, 2)])
     assert batch["image"].shape == (3, 3, 64, 64) and batch["index"].tolist() == [4, 1, 2]
     assert batch["sample_id"] == [data.sample_ids[i] for i in (4, 1, 2)]
-    assert [m.shape for m in batch["full_target"]] == [(80, 80)] * 3
+    masks = [torch.randint(2, size, dtype=torch.uint8) for size in ((3, 5), (4, 2), (1, 7))]
+    batch = collate([data[i] | {"full_target": mask} for i, mask in zip((4, 1, 2), masks, strict=True)])
+    assert all(torch.equal(*pair) for pair in zip(full_targets(batch), masks, strict=True))
     assert "full_target" not in collate([training_set(refer)[0, 0]])
 
 

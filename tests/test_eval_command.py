@@ -269,3 +269,19 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         stored.save(tmp_path, evaluation | {"checkpoint": "another"})
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(1, 0), (2, 1), (4, 3)])
+def test_ranks_share_the_gpus_that_are_visible(monkeypatch, visible, expected):
+    import torch
+
+    from aml import ranks
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with ranks.joined() as own:
+        assert own.device.index == expected and chosen == [own.device]

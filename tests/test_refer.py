@@ -178,6 +178,10 @@ def test_missing_parts_are_named(tmp_path):
         ([ref(0, "train", ann_id=99)], r"ref 0 of refs\(unc\).p: ann_id 99 is not in .*has 2 \(7, 8\)"),
         ([ref(0, "train", image_id=99)], r"image_id 99 is not in .*has 1 \(3\)"),
         ([ref(0, "train"), ref(0, "val")], "sentence 0 of ref 0 occurs twice"),
+        (
+            [ref(0, "train"), ref(0, "train", ann_id=8, sentences=[{"sent_id": 9, "sent": "other"}])],
+            r"ref_id 0 is given to image 3 with ann_id \[7\] and image 3 with ann_id \[8\]; give each ref an id",
+        ),
         ([{"ref_id": 0}], "entry 0 has no 'image_id'; it has ref_id"),
         ([ref(0, 3)], "entry 0: split is of type int"),
         ([ref(0, "train", sentences=[])], "ref 0 has no sentences"),

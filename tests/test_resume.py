@@ -216,6 +216,19 @@ def test_a_changed_run_is_not_resumed_unawares(tmp_path, words, stop_at, change,
     assert lines(tmp_path)[-1]["step"] == 4
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_batches_in_a_step_begins_the_averages_of_the_log_anew(
+    tmp_path, words, stop_at, before, after
+):
+    more = ("train.log_every=20", "train.steps=6")
+    stop_at(3)
+    with pytest.raises(Stopped):
+        train(load(None, words(tmp_path, *more, f"train.accumulate={before}")))
+    stop_at()
+    train(load(None, words(tmp_path, *more, f"train.accumulate={after}")), resume=True, allow_change=["batch"])
+    assert lines(tmp_path)[-1]["step"] == 6
+
+
 def test_changed_data_is_refused(tmp_path, words, stop_at):
     stop_at(2)
     with pytest.raises(Stopped):

@@ -25,8 +25,8 @@ def trainer(tmp_path, words):
 def break_at(monkeypatch, steps):
     """Make the loss NaN at these steps."""
 
-    def forward(self, batch, step, original=learner.TrainingStep.forward):
-        loss, record = original(self, batch, step)
+    def forward(self, batch, step, draw, original=learner.TrainingStep.forward):
+        loss, record = original(self, batch, step, draw)
         factor = float("nan") if step in steps else 1.0
         return loss * factor, record | {"loss": record["loss"] * factor}
 

@@ -81,6 +81,15 @@ def test_a_photograph_that_cannot_be_read_ends_the_command(tmp_path, words, stra
         assert re.fullmatch(rf"error: sample [\d-]+: image .*{photograph.name} was not read .*leaves them out", error)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_environment_does_not_change_how_many_batches_a_step_has(tmp_path, words, monkeypatch, accumulate):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    more = (f"train.accumulate={accumulate}", "train.steps=2", "train.log_every=1")
+    train(load(None, words(tmp_path, *more)))
+    steps = [line for line in read_log(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(steps) == 2 and all("gradient_norm" in line for line in steps)
+
+
 # ------------------------------------------------------------------------------------- what a run leaves
 
 

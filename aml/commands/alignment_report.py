@@ -12,7 +12,6 @@ Any model and data set: encoder features are all that is read. Neither the model
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from functools import partial
 from pathlib import Path
@@ -53,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from aml import alignment_figures, alignment_maps, assembly, checkpoint, config, predict
-    from aml.files import require_no_file, require_writable
+    from aml.files import require_no_file, require_writable, write_json, write_whole
     from aml.models import build_model
     from aml.trained import settings_beside
 
@@ -105,9 +104,9 @@ def run(options: argparse.Namespace) -> int:
         "released": alignment_maps.released_shares(),
         "records": records,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_json(out / "results.json", results)
     text = markdown(results)
-    (out / "report.md").write_text(text, encoding="utf-8")
+    write_whole(out / "report.md", text)
     alignment_figures.draw_scores(out / "scores.png", results)
     if options.pictures:
         step = max(sentences // options.pictures, 1)

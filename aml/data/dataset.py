@@ -198,14 +198,28 @@ class RISDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batch of samples: tensors stacked, `index` as int64 [B]; `sample_id` and `full_target` stay lists."""
+    """Batch of samples: tensors stacked, `index` as int64 [B], `sample_id` a list.
+
+    `full_target` is one flat tensor with `full_sizes` [B, 2], to be parted by `full_targets`: each tensor that a worker
+    process sends takes a file descriptor of the process that reads.
+    """
     stacked = [name for name in ("image", "tokens", "text_mask", "target", "valid") if name in items[0]]
     batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in stacked}
     batch["index"] = torch.tensor([item["index"] for item in items], dtype=torch.int64)
-    for name in ("sample_id", "full_target"):
-        if name in items[0]:
-            batch[name] = [item[name] for item in items]
+    if "sample_id" in items[0]:
+        batch["sample_id"] = [item["sample_id"] for item in items]
+    if "full_target" in items[0]:
+        targets = [item["full_target"] for item in items]
+        batch["full_target"] = torch.cat([target.flatten() for target in targets])
+        batch["full_sizes"] = torch.tensor([target.shape for target in targets], dtype=torch.int64)
     return batch
+
+
+def full_targets(batch: dict[str, Any]) -> list[Tensor]:
+    """The masks of a batch at the photographs' own sizes, uint8 [H, W] each."""
+    sizes = batch["full_sizes"].tolist()
+    parts = batch["full_target"].split([height * width for height, width in sizes])
+    return [part.view(height, width) for part, (height, width) in zip(parts, sizes, strict=True)]
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -57,6 +57,7 @@ class ReferDataset:
         images: folder of the images; default: where `aml.data.layout` expects them.
         field: "sent" (cleaned sentence) or "raw" (as typed). Published results use one or the other.
         skip: file names of images that are left out, with all refs on them; `skipped` counts these refs.
+            `unknown_skips` are the names that no image of a ref has.
 
     An image is found by its id in `instances.json`; a ref's own `file_name` names a crop and is ignored.
 
@@ -91,6 +92,7 @@ class ReferDataset:
         instances = instances_path.read_bytes()
         self._refs = refs.read_refs(self.refs_path)
         self._read_instances(instances, instances_path)
+        self.unknown_skips = set(skip) - {image["file_name"] for image in self._images.values()}
         self.skipped = self._skip(frozenset(skip))
         self.fingerprint = hashlib.sha256(refs.digest(self._refs) + hashlib.sha256(instances).digest()).hexdigest()
 

@@ -30,6 +30,7 @@ def read_refs(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} holds {type(entries).__name__}, expected a list of refs that is not empty")
     refs = [_checked(entry, f"{path}: entry {position}") for position, entry in enumerate(entries)]
     _require_unique_samples(refs, path)
+    _require_one_object_each(refs, path)
     return refs
 
 
@@ -137,3 +138,14 @@ def _require_unique_samples(refs: list[dict[str, Any]], path: Path) -> None:
             if key in seen:
                 raise ValueError(f"{path}: sentence {key[1]} of ref {key[0]} occurs twice")
             seen.add(key)
+
+
+def _require_one_object_each(refs: list[dict[str, Any]], path: Path) -> None:
+    """Sentences of one ref share their photograph and mask."""
+    known: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for ref in refs:
+        own = ref["image_id"], ref["annotation_ids"]
+        first = known.setdefault(ref["ref_id"], own)
+        if own != first:
+            shown = " and ".join(f"image {image} with ann_id {list(ids)}" for image, ids in (first, own))
+            raise ValueError(f"{path}: ref_id {ref['ref_id']} is given to {shown}; give each ref an id of its own")

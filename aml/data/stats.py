@@ -89,10 +89,9 @@ def table(stats: dict[str, SplitStats]) -> str:
 def draw(stats: dict[str, SplitStats], path: Path, title: str) -> None:
     """Write the distributions as one PNG."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from aml.figures import STYLE
+    from aml.figures import STYLE, save_png
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
@@ -105,7 +104,7 @@ def draw(stats: dict[str, SplitStats], path: Path, title: str) -> None:
         _areas(axes[0, 2], stats)
         _categories(axes[1, 1], stats)
         _places(axes[1, 2], stats)
-        FigureCanvasAgg(figure).print_png(str(path))
+        save_png(figure, path)
 
 
 def _histogram(axis: Any, values: dict[str, np.ndarray], title: str, at_most: int) -> None:

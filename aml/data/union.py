@@ -32,6 +32,7 @@ class Annotations(Protocol):
 
     fingerprint: str
     skipped: int
+    unknown_skips: set[str]
 
     @property
     def name(self) -> str: ...
@@ -57,6 +58,7 @@ class UnionDataset:
         if len(self.members) < len(members):
             raise ValueError(f"a union of {', '.join(m.name for m in members)}: each may be given once")
         self.skipped = sum(member.skipped for member in members)
+        self.unknown_skips = set.intersection(*(member.unknown_skips for member in members))
         parts = "\n".join(f"{name} {member.fingerprint}" for name, member in self.members.items())
         self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
 
@@ -138,8 +140,8 @@ def shared_images(trained: Annotations, evaluated: Annotations, split: str) -> t
 
 def read_skip_list(path: str | Path) -> list[str]:
     """Image names from a list that `aml data check --bad` wrote: one a line, what follows a tab is the reason."""
-    lines = read_text(path, "list of images (data.skip, --skip)").splitlines()
-    return [line.partition("\t")[0] for line in lines if line.strip()]
+    lines = read_text(path, "list of images (data.skip, --skip)").removeprefix("\ufeff").splitlines()
+    return [line.partition("\t")[0].strip() for line in lines if line.strip()]
 
 
 def _parsed(word: str, dataset: str) -> tuple[str, str | None]:
