@@ -93,7 +93,8 @@ def test_who_interrupts_it_ends_all_that_runs(tmp_path):
     started, alive = tmp_path / "started", tmp_path / "alive"
     script = f"import time; open({str(started)!r}, 'w'); time.sleep(3); open({str(alive)!r}, 'w')"
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 sys.path.insert(0, {str(SOURCE.parent)!r})
 import run
 parts = [run.Part(name, 60, (sys.executable, "-c", {script!r}), "") for name in "ab"]
