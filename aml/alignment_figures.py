@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from aml.alignment_maps import Map, cells_of_picture
+from aml.alignment_maps import Map
 from aml.alignment_scores import resized_map, target_auc
 from aml.data.dataset import RISDataset, collate
+from aml.data.pixels import cells_of_picture
 from aml.evaluation import wrong_sentence
 from aml.figures import INK, STYLE, TARGET, save_png
 from aml.models.base import RISModel

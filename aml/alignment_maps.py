@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from aml.alignment_scores import resized_map, target_auc, target_below
 from aml.data.dataset import RISDataset, collate
-from aml.data.pixels import valid_cells
+from aml.data.pixels import cells_of_picture
 from aml.evaluation import wrong_sentence
 from aml.models.base import AlignmentInputs, RISModel
 from aml.patchmax import PatchMax
@@ -145,11 +145,6 @@ def measure(
                 }
             )
     return records
-
-
-def cells_of_picture(similarity: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Which cells of a map are picture, where there is padding."""
-    return None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
 
 
 def _literal(similarity: Tensor, image: Tensor, target: Tensor) -> dict[str, Tensor]:

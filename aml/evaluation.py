@@ -20,7 +20,7 @@ from aml.alignment import AlignmentLoss
 from aml.alignment_scores import alignment_scores
 from aml.data.dataset import RISDataset, full_targets
 from aml.data.loading import read_batches
-from aml.data.pixels import at_own_size, valid_cells
+from aml.data.pixels import at_own_size, cells_of_picture
 from aml.metrics import metrics
 from aml.models.base import RISModel
 
@@ -112,8 +112,7 @@ def _judged(
     columns |= _counts(logits, target, valid, full_targets(batch), dataset.resize)
     if aligner is not None:
         similarity = aligner.similarity(alignment)
-        cells = None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
-        judged = {"valid": valid, "map_valid": cells, **aligner.limit}
+        judged = {"valid": valid, "map_valid": cells_of_picture(similarity, valid), **aligner.limit}
         auc, left_out = alignment_scores(similarity, target, **judged)
         wrong = [wrong_sentence(dataset, index) for index in batch["index"].tolist()]
         wrong_tokens, wrong_mask = (tensor.to(device) for tensor in model.tokenize(wrong))

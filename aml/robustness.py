@@ -36,11 +36,11 @@ def already_done(path: Path, identity: dict[str, Any]) -> Evaluation | None:
     """The evaluation of an earlier call, or None. Raises ValueError where it is of another model or data."""
     if not path.exists():
         return None
-    changed = stored.differences(path, identity)
-    if changed:
+    found = stored.load(path)
+    if changed := stored.differences(found, identity):
         lines = [f"  {line}" for line in changed.values()]
         raise ValueError("\n".join([f"{path} is of another model or data; give another --out", *lines]))
-    return stored.load(path)
+    return found
 
 
 def summary(evaluations: dict[str, Evaluation]) -> dict[str, Any]:

@@ -72,9 +72,8 @@ def load(path: Path) -> Evaluation:
     return value
 
 
-def differences(path: Path, identity: dict[str, Any]) -> dict[str, str]:
-    """By name, in what the evaluation of a file is of another model or data than `identity` (of `Trained`)."""
-    found = load(path)
+def differences(found: Evaluation, identity: dict[str, Any]) -> dict[str, str]:
+    """By name, in what an evaluation is of another model or data than `identity` (of `Trained`)."""
     changed = [name for name in _SAME if found[name] != identity[name]]
     return {name: f"{name}: {found[name]} instead of {identity[name]}" for name in changed}
 
@@ -82,7 +81,7 @@ def differences(path: Path, identity: dict[str, Any]) -> dict[str, str]:
 def require_replaceable(path: Path, identity: dict[str, Any]) -> None:
     """Raise ValueError where a file holds an evaluation of the same weights on other data or with other settings."""
     try:
-        changed = differences(path, identity)
+        changed = differences(load(path), identity)
     except (OSError, ValueError, KeyError):  # there is none, or none that this version reads
         return
     if changed and "weights" not in changed:

@@ -109,6 +109,11 @@ def valid_cells(valid: Tensor, size: tuple[int, int]) -> Tensor:
     return covered >= 0.5 * covered.amax((1, 2), keepdim=True)
 
 
+def cells_of_picture(similarity: Tensor, valid: Tensor | None) -> Tensor | None:
+    """`valid_cells` of a map [B, h, w]; None where there is no padding."""
+    return None if valid is None else valid_cells(valid, (similarity.shape[1], similarity.shape[2]))
+
+
 def at_own_size(logits: Tensor, height: int, width: int, size: int, resize: str) -> Tensor:
     """Logits [h, w] of a model's square input of side `size` as those of the photograph, [height, width].
 

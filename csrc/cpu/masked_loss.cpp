@@ -42,8 +42,7 @@ void check_shapes(const Tensor& logits, const Tensor& target, const Plane& simil
   require(target.dim() == 3 && target.size(0) == logits.size(0), "target: expected [B, H, W] with the batch of logits");
   require(logits.numel() > 0 && target.numel() > 0, "logits, target: expected no empty dimension");
   require(!similarity.data || similarity.rows * similarity.columns > 0, "similarity: expected [B, h, w] with no empty dimension");
-  require(!valid || (valid->dim() == 3 && valid->size(0) == target.size(0) && valid->size(1) == target.size(1) &&
-                     valid->size(2) == target.size(2)), "valid: expected the shape of target");
+  require(!valid || same_shape(*valid, target), "valid: expected the shape of target");
 }
 
 template <class T>
@@ -109,7 +108,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& target, 
           (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double), "sums: expected the second output of the forward");
   require(grad.scalar_type() == sums.scalar_type() && grad.numel() == (reduction == kNone ? samples : 1),
           "grad: expected the shape and dtype of the loss");
-  const Tensor sum_rows = torch::stable::contiguous(sums);
+  const Tensor sum_rows = sums.is_contiguous() ? sums : torch::stable::contiguous(sums);  // the call takes longer than asking
   const T *sum = sum_rows.const_data_ptr<T>(), *grad_in = grad.const_data_ptr<T>();
   const int64_t grad_stride = reduction == kNone && samples > 1 ? grad.stride(0) : 0;
   Scratch<T> limits(samples);

@@ -27,8 +27,8 @@ inline void set_pixels(PixelCall& call, const Tensor& logits, const Tensor& targ
   if (type_of(target) != Type::u8) require_float("target", target);
   require(logits.numel() > 0 && target.numel() > 0, "logits, target: expected no empty dimension");
   require(!similarity.data || similarity.rows * similarity.columns > 0, "similarity: expected [B, h, w] with no empty dimension");
-  require(!valid || (valid->scalar_type() == ScalarType::Bool && valid->dim() == 3 && valid->size(0) == target.size(0) &&
-                     valid->size(1) == target.size(1) && valid->size(2) == target.size(2)), "valid: expected bool of the shape of target");
+  require(!valid || (valid->scalar_type() == ScalarType::Bool && same_shape(*valid, target)),
+          "valid: expected bool of the shape of target");
   call.logits = plane(logits), call.target = plane(target), call.similarity = similarity, call.valid = plane(valid);
   const int64_t rows = target.size(1), columns = target.size(2), most = int64_t(1) << 30;
   require(rows <= most && columns <= most && logits.size(0) <= most && rows * columns <= most * 128,
