@@ -67,7 +67,9 @@ def cosines(
         if v.dtype == u.dtype and v.dtype != tl.float32 and not INTERPRETED:
             part = tl.dot(v, u)  # products of 16-bit numbers are exact in fp32
         else:
-            part = tl.dot(wide_v, wide_u, input_precision="ieee")
+            # Words by pixels: the lanes of a warp then have neighbouring pixels, which lie beside each other in shared
+            # memory, and the same words. (Neighbouring words lie in the same banks.)
+            part = tl.trans(tl.dot(tl.trans(wide_u), tl.trans(wide_v), input_precision="ieee"))
         # Tensor cores truncate as they add up. The selection keeps the blocks' sums apart, to be added with rounding.
         product += tl.where(real[None, :], part, 0.0)
     inverse_v = inverse_norm(tl.sum(pixel_square, 1), NORMALIZE)

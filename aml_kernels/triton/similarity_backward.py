@@ -132,20 +132,21 @@ def words_kernel(
     padded = word_tiles * WORDS
     word = word_tile * WORDS + tl.arange(0, WORDS).to(INDEX)
     channel = channel_tile * CHANNELS + tl.arange(0, CHANNELS).to(INDEX)
-    gradient = tl.zeros((WORDS, CHANNELS), tl.float32)
+    # Channels by words: the lanes of a warp then have neighbouring words, which lie beside each other in shared memory.
+    gradient = tl.zeros((CHANNELS, WORDS), tl.float32)
     for first in range(share * SHARE, tl.minimum(share * SHARE + SHARE, pixels), STEP):
         pixel = first + tl.arange(0, STEP).to(INDEX)
         v = widen(tl.load(
-            visual + wide * v_sample + (pixel[:, None] * v_pixel + channel[None, :] * v_channel),
-            mask=(pixel < pixels)[:, None] & (channel < channels)[None, :], other=0,
+            visual + wide * v_sample + (pixel[None, :] * v_pixel + channel[:, None] * v_channel),
+            mask=(pixel < pixels)[None, :] & (channel < channels)[:, None], other=0,
         ))
         coefficient = tl.load(
-            coefficients + wide * pixels * padded + (pixel[None, :] * padded + word[:, None]),
-            mask=(pixel < pixels)[None, :], other=0.0,
+            coefficients + wide * pixels * padded + (pixel[:, None] * padded + word[None, :]),
+            mask=(pixel < pixels)[:, None], other=0.0,
         )
-        gradient = tl.dot(coefficient, v, gradient, input_precision="ieee")
-    place = partial + ((wide * shares + share) * padded + word[:, None]) * channels
-    tl.store(place + channel[None, :], gradient, mask=(channel < channels)[None, :])
+        gradient = tl.dot(v, coefficient, gradient, input_precision="ieee")
+    place = partial + ((wide * shares + share) * padded + word[None, :]) * channels
+    tl.store(place + channel[:, None], gradient, mask=(channel < channels)[:, None])
 
 
 @triton.jit(do_not_specialize=["words", "shares", "padded"])
