@@ -124,7 +124,8 @@ def figures(program, target: str) -> dict[str, int]:
     )
     wide_copies = code.count(r"LDGSTS\..*\.128(\..*)?")  # to shared memory
     return {
-        "registers": code.registers, "shared": code.shared, "spilled": code.stack,
+        "registers": code.registers, "shared": code.shared,
+        "spilled": code.stack if code.local_accesses else 0,  # ptxas may reserve bytes that it then has no use for
         "local": code.local_accesses, "fp64": code.double_instructions, "wide": code.wide_loads + wide_copies,
         "tensor cores": code.count(r"[HQ]G?MMA\..*|UTC\w*MMA.*"), "tf32": code.count(r".*MMA.*TF32.*"),
     }

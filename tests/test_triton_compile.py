@@ -18,7 +18,7 @@ MISSING = _backend.TRITON_MISSING or (None if machine_code.tool("cuobjdump") els
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 #: (kernel, architecture) by Triton release: spills of 8 bytes, stored once and loaded once outside of the loops.
-SPILLS = {"3.6": {("resized_backward_kernel", "sm_100"), ("quantile_kernel", "sm_100")}}
+SPILLS = {"3.6": {("quantile_kernel", "sm_100")}}
 
 
 @pytest.fixture(scope="module")

@@ -117,15 +117,11 @@ REPRESENTATIVE = (
 
 #: For calls and kernels whose inputs are aligned: at least how many 128-bit loads and tensor core instructions.
 EXPECTED = {
-    ("loss bf16 uint8", "masked_loss.forward_kernel"): (1, 0),  # 8 logits of a thread; their targets are 64 bits
-    ("loss bf16 uint8", "masked_loss_backward.backward_kernel"): (1, 0),
-    ("loss fp16 bool none", "masked_loss.forward_kernel"): (1, 0),
-    ("loss fp16 bool none", "masked_loss_backward.backward_kernel"): (1, 0),
-    ("loss fp32 fp32 valid", "masked_loss.forward_kernel"): (4, 0),  # 8 logits and 8 targets
-    ("loss fp32 fp32 valid", "masked_loss_backward.backward_kernel"): (4, 0),
+    ("loss fp32 fp32 valid", "masked_loss.forward_kernel"): (2, 0),  # 4 logits and 4 targets of a thread
+    ("loss fp32 fp32 valid", "masked_loss_backward.backward_kernel"): (2, 0),
     ("loss fp32 bf16 direct map", "masked_loss.limits_kernel"): (4, 0),
-    ("loss fp32 bf16 direct map", "masked_loss.forward_kernel"): (4, 0),  # 8 logits, targets and cells
-    ("loss fp32 bf16 direct map", "masked_loss_backward.backward_kernel"): (4, 0),
+    ("loss fp32 bf16 direct map", "masked_loss.forward_kernel"): (1, 0),  # 4 logits; targets and cells are 64 bits
+    ("loss fp32 bf16 direct map", "masked_loss_backward.backward_kernel"): (1, 0),
     ("loss quarter fp32 fp32 valid", "masked_loss.forward_kernel"): (1, 0),  # 4 targets; the rest is gathered
     **{
         (call, f"{module}.{kernel}"): (1, products)
@@ -150,13 +146,15 @@ ALIKE = {
     "numbers of words": [fused(words=words) for words in (20, 1, 77)],
     "multiples of 64": [
         fused(size=(512, 512), cells=(32, 32)), fused(size=(320, 640), cells=(16, 48)),
-        fused(size=(192, 448), cells=(64, 112)),
+        fused(size=(192, 448), cells=(8, 112)),
     ],
+    "multiples of 64, more cells": [fused(size=(512, 512), cells=(48, 48)), fused(size=(192, 448), cells=(64, 112))],
     "odd sizes": [
         loss(logits=size, target=size, map_size=cells, batch=batch)
         for size, cells, batch in (((479, 477), (15, 15), 8), ((333, 251), (21, 13), 1), ((35, 1001), (7, 9), 3))
     ],
-    "lengths": [quantile(length, batch=batch) for length, batch in ((196, 4), (300, 1), (8188, 9))],
+    "short lengths": [quantile(length, batch=batch) for length, batch in ((196, 4), (300, 1), (1020, 9))],
+    "lengths": [quantile(length, batch=batch) for length, batch in ((1028, 4), (3604, 1), (8188, 9))],
     "long lengths": [quantile(length, batch=batch) for length, batch in ((8196, 4), (14_404, 1), (230_404, 9))],
     "images": [regions(size=size, batch=batch) for size, batch in ((480, 4), (320, 1), (1024, 7))],
 }

@@ -4,23 +4,53 @@ import triton
 import triton.language as tl
 
 from .arithmetic import widen
-from .resize import load_plane, load_resized
+from .resize import load_plane, next_row, rows_from
 
 
 @triton.jit
-def load_logits(plane, y, x, at_y, at_x, mask, RESIZED: tl.constexpr):
-    """The logits at the target's pixels (y, x), which are `at_y`, `at_x` in the logits."""
-    return load_resized(plane, at_y, at_x, mask) if RESIZED else widen(load_plane(plane, y, x, mask))
+def pixels_from(
+    y, x, logit_size, map_size, size, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr, INDEX: tl.constexpr,
+):
+    """What next_pixels() goes by, and its state before row `y`: of columns `x` of a target of `size`."""
+    z_way, s_way, z_state, s_state = 0, 0, 0, 0  # nothing to go by: Triton 3.6 returns no None in a tuple
+    if RESIZED:
+        z_way, z_state = rows_from(y, x, logit_size, size, True, INDEX)
+    if MAP_RESIZED:
+        s_way, s_state = rows_from(y, x, map_size, size, False, INDEX)
+    return (z_way, s_way), (z_state, s_state)
 
 
 @triton.jit
-def kept(label, exists, similarity, y, x, at_y, at_x, limit, mask, RESIZED: tl.constexpr, PROTECT: tl.constexpr):
-    """Which pixels count. `similarity`: the map's plane, or None where nothing is left out."""
+def next_pixels(
+    planes, y, x, ways, states, limit, inside, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr, PROTECT: tl.constexpr,
+):
+    """Row `y`: the logits, labels, which pixels exist, which are kept; and the state before the row after it."""
+    logits, target, similarity, valid = planes
+    z_way, s_way = ways
+    z_state, s_state = states
+    exists = inside
+    if valid is not None:
+        exists &= load_plane(valid, y, x, inside) != 0
+    label = widen(load_plane(target, y, x, inside))
+    if RESIZED:
+        z, z_state = next_row(logits, z_way, z_state, inside)
+    else:
+        z = widen(load_plane(logits, y, x, inside))
+    value = None
+    if MAP_RESIZED:
+        value, s_state = next_row(similarity, s_way, s_state, inside)
+    elif similarity is not None:
+        value = widen(load_plane(similarity, y, x, inside))
+    return z, label, exists, kept(label, exists, value, limit, PROTECT), (z_state, s_state)
+
+
+@triton.jit
+def kept(label, exists, similarity, limit, PROTECT: tl.constexpr):
+    """Which pixels count. `similarity`: None where nothing is left out."""
     if similarity is None:
         keep = exists
     else:
-        value = load_resized(similarity, at_y, at_x, mask) if RESIZED else widen(load_plane(similarity, y, x, mask))
-        similar = value >= limit
+        similar = similarity >= limit
         keep = exists & (similar | (label > 0.5)) if PROTECT else exists & similar
     return keep
 
@@ -28,7 +58,7 @@ def kept(label, exists, similarity, y, x, at_y, at_x, limit, mask, RESIZED: tl.c
 @triton.jit
 def sigmoid(z):
     """exp(-|z|), 1 / (1 + exp(-|z|)) and sigmoid(z)."""
-    e = tl.exp(-tl.abs(z))
+    e = tl.exp2(tl.abs(z) * -1.44269504)
     root = tl.rsqrt(1.0 + e)  # a division takes twice the instructions
     reciprocal = root * root
     return e, reciprocal, tl.where(z >= 0, reciprocal, e * reciprocal)

@@ -6,21 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import quantile as quantiles
-from .arithmetic import widen
-from .loss import cross_entropy, kept, load_logits, sigmoid
-from .masked_loss_backward import masked_loss_backward
-from .resize import coordinates, load_plane
+from .loss import cross_entropy, next_pixels, pixels_from, sigmoid
+from .masked_loss_backward import COLUMNS, ROWS, WARPS, masked_loss_backward
 from .selection import select_quantile
 from .tensors import as_bytes, check_limit, check_loss, loss_index_type, plane
 
 __all__ = ["masked_loss", "masked_loss_backward"]
 
-# 8 rows of 128 pixels are 8 pixels to each thread of 4 warps: 16 bytes of 16-bit logits. Logits of another size come
-# from the cache, four to a pixel; 4 pixels to a thread leave room in its registers for that. 32 rows to a program are
-# work enough to pay for its coordinates of columns and its final sums, and leave several programs to a multiprocessor.
-TILE_ROWS, RESIZED_TILE_ROWS, TILE_COLUMNS, PROGRAM_ROWS, WARPS = 8, 4, 128, 32, 4
-RUN = 4  # pixels in one thread that are added up before they are added to what it keeps
-PARTIALS = 128  # that the last program of a sample adds up at a time
+REGISTERS = 112  # 18 programs to a multiprocessor; where logits are resized the compiler would take 124
+PARTIALS = 32  # that the last program of a sample adds up at a time
 MEAN, SUM, NONE = (tl.constexpr(i) for i in range(3))
 SUMS, COUNTS = 7, 4
 
@@ -29,7 +23,7 @@ SUMS, COUNTS = 7, 4
 def limits_kernel(
     similarity, sample_stride, stride, map_valid, valid_sample_stride, valid_stride, count, quantile, thresholds,
     thresholds_stride, threshold, found, room, out, out_stride, tickets, RANK_IN_FP64: tl.constexpr,
-    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    FEW: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The threshold of a sample into `out`; and tickets for the programs of the next launch."""
     sample = tl.program_id(0)
@@ -42,7 +36,7 @@ def limits_kernel(
             found += wide * room
         q = tl.full((), quantile, tl.float32)
         limit = select_quantile(
-            values, stride, valid, valid_stride, count, q, found, room, 0, RANK_IN_FP64, SAMPLE, BLOCK,
+            values, stride, valid, valid_stride, count, q, found, room, 0, RANK_IN_FP64, FEW, SAMPLE, BLOCK,
         )
     elif thresholds is not None:
         limit = tl.load(thresholds + wide * thresholds_stride)
@@ -64,71 +58,67 @@ def forward_kernel(
     samples, rows, columns, bce_weight, dice_weight, negative_weight, positive_weight, smooth,
     loss, sums, counts, partial_sums, partial_counts, sample_losses, tickets,
     PROTECT: tl.constexpr, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr, REDUCTION: tl.constexpr,
-    INDEX: tl.constexpr, SUMS: tl.constexpr, COUNTS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    PROGRAM_ROWS: tl.constexpr, PARTIALS: tl.constexpr, RUN: tl.constexpr,
+    INDEX: tl.constexpr, SUMS: tl.constexpr, COUNTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    PARTIALS: tl.constexpr,
 ):
-    """Sums over PROGRAM_ROWS x TILE_COLUMNS pixels. A sample's last program finishes it, the last of these the loss."""
-    column_tiles = tl.cdiv(columns, TILE_COLUMNS)
-    parts = tl.cdiv(rows, PROGRAM_ROWS) * column_tiles
+    """Sums over ROWS x COLUMNS pixels. A sample's last program finishes it, the last of these the loss."""
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    parts = tl.cdiv(rows, ROWS) * column_tiles
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     wide = sample.to(tl.int64)
     sums += wide * SUMS
     limit = tl.load(sums)
     weight_step = positive_weight - negative_weight
 
-    z_plane = (logits + wide * z_sample, z_row, z_column)
-    y_plane = (target + wide * y_sample, y_row, y_column)
-    s_plane, x_in_map, x_in_logits = None, None, None
-    x = part % column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS).to(INDEX)[None, :]
+    s_plane, valid_plane = None, None
     if similarity is not None:
         s_plane = (similarity + wide * s_sample, s_row, s_column)
-        if MAP_RESIZED:
-            x_in_map = coordinates(x, s_columns, columns, False, INDEX)
-    if RESIZED:
-        x_in_logits = coordinates(x, z_columns, columns, True, INDEX)
+    if valid is not None:
+        valid_plane = (valid + wide * v_sample, v_row, v_column)
+    z_plane, y_plane = (logits + wide * z_sample, z_row, z_column), (target + wide * y_sample, y_row, y_column)
+    planes = (z_plane, y_plane, s_plane, valid_plane)
+    x = part % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(INDEX)
+    inside = x < columns
+    first = (part // column_tiles * ROWS).to(INDEX)
+    ways, states = pixels_from(
+        first, x, (z_rows, z_columns), (s_rows, s_columns), (rows, columns), RESIZED, MAP_RESIZED, INDEX,
+    )
 
-    bce_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS // RUN), tl.float32)
-    p_sum, y_sum, py_sum = bce_sum, bce_sum, bce_sum
-    packed = tl.zeros((TILE_ROWS, TILE_COLUMNS // RUN), tl.int32)  # five counts of at most PROGRAM_ROWS
-    first = part // column_tiles * PROGRAM_ROWS
-    for start in range(first, tl.minimum(first + PROGRAM_ROWS, rows), TILE_ROWS):
-        y = start + tl.arange(0, TILE_ROWS).to(INDEX)[:, None]
-        inside = (y < rows) & (x < columns)
-        y_in_map, y_in_logits = None, None
-        if MAP_RESIZED:
-            y_in_map = coordinates(y, s_rows, rows, False, INDEX)
-        if RESIZED:
-            y_in_logits = coordinates(y, z_rows, rows, True, INDEX)
-        exists = inside
-        if valid is not None:
-            exists &= load_plane((valid + wide * v_sample, v_row, v_column), y, x, inside) != 0
-        label = widen(load_plane(y_plane, y, x, inside))
-        z = load_logits(z_plane, y, x, y_in_logits, x_in_logits, inside, RESIZED)
-        keep = kept(label, exists, s_plane, y, x, y_in_map, x_in_map, limit, inside, MAP_RESIZED, PROTECT)
-
-        is_target, predicted = exists & (label > 0.5), exists & (z > 0)
-        # Selected before any arithmetic: a left-out pixel may hold NaN.
-        z, label = tl.where(keep, z, 0.0), tl.where(keep, label, 0.0)
-        e, _, p = sigmoid(z)
-        p = tl.where(keep, p, 0.0)
-        weight = tl.where(keep, tl.fma(label, weight_step, negative_weight), 0.0)
-        bce_sum += add_runs(weight * cross_entropy(z, label, e), RUN)
-        p_sum += add_runs(p, RUN)
-        y_sum += add_runs(label, RUN)
-        py_sum += add_runs(p * label, RUN)
-        bad = ~((label >= 0) & (label <= 1))
-        packed += add_runs(
-            keep.to(tl.int32) + ((keep & is_target).to(tl.int32) << 6) + ((predicted & is_target).to(tl.int32) << 12)
-            + ((predicted | is_target).to(tl.int32) << 18) + (bad.to(tl.int32) << 24), RUN,
+    zero = tl.zeros((COLUMNS,), tl.float32)
+    bce_sum, p_sum, y_sum, py_sum, least, most = zero, zero, zero, zero, zero, zero
+    packed = tl.zeros((COLUMNS,), tl.int32)  # four counts of at most ROWS
+    for y in range(first, tl.minimum(first + ROWS, rows)):
+        z, label, exists, keep, states = next_pixels(
+            planes, y, x, ways, states, limit, inside, RESIZED, MAP_RESIZED, PROTECT,
         )
+        is_target, predicted = label > 0.5, z > 0
+        if valid is not None:  # beside the image there is a 0 of each
+            is_target, predicted = exists & is_target, exists & predicted
+        packed += tl.where(keep, tl.where(is_target, 1 + (1 << 8), 1), 0)
+        union = tl.where(predicted, 1 << 24, 0)
+        packed += tl.where(is_target, tl.where(predicted, (1 << 16) + (1 << 24), 1 << 24), union)
 
-    own = (wide * parts + part)
+        # Selected before any arithmetic: a left-out pixel may hold NaN. In its place is one that surely is not target,
+        # and looks so: what it adds to each sum is exactly 0.
+        z, label = tl.where(keep, z, -1000.0), tl.where(keep, label, 0.0)
+        if target.dtype.element_ty != tl.uint8:
+            least = tl.minimum(least, label)
+        most = tl.maximum(most, label, propagate_nan=tl.PropagateNan.ALL)
+        e, _, p = sigmoid(z)
+        bce_sum = tl.fma(tl.fma(label, weight_step, negative_weight), cross_entropy(z, label, e), bce_sum)
+        p_sum += p
+        y_sum += label
+        py_sum = tl.fma(p, label, py_sum)
+
+    own = wide * parts + part
     tl.store(partial_sums + own * 4, tl.sum(bce_sum))
     tl.store(partial_sums + own * 4 + 1, tl.sum(p_sum))
     tl.store(partial_sums + own * 4 + 2, tl.sum(y_sum))
     tl.store(partial_sums + own * 4 + 3, tl.sum(py_sum))
-    for field in tl.static_range(5):
-        tl.store(partial_counts + own * 5 + field, tl.sum((packed >> (6 * field)) & 63))
+    for field in tl.static_range(4):
+        tl.store(partial_counts + own * 5 + field, tl.sum((packed >> (8 * field)) & 255))
+    bad = ~((least >= 0) & (most <= 1))
+    tl.store(partial_counts + own * 5 + 4, tl.sum(bad.to(tl.int32)))
 
     tl.debug_barrier()  # all of the program has stored, before its ticket says so
     if tl.atomic_add(tickets + 1 + sample, 1, sem="acq_rel") == parts - 1:
@@ -151,66 +141,59 @@ def forward_kernel(
 
 
 @triton.jit
-def add_runs(x, RUN: tl.constexpr):
-    """Sums of RUN neighbours, which are in one thread."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // RUN, RUN)), 2)
-
-
-@triton.jit
 def finish_sample(
     partial_sums, partial_counts, parts, sums, counts, bce_weight, dice_weight, negative_weight, weight_step, smooth,
     PARTIALS: tl.constexpr,
 ):
     """Adds the partial sums in their order, whoever computed them; stores sums and counts; returns the loss."""
-    weighted_bce = add_up(partial_sums, 4, parts, PARTIALS)
-    p = add_up(partial_sums + 1, 4, parts, PARTIALS)
-    y = add_up(partial_sums + 2, 4, parts, PARTIALS)
-    py = add_up(partial_sums + 3, 4, parts, PARTIALS)
-    count = add_up(partial_counts, 5, parts, PARTIALS)
-    tl.store(counts, count)
-    for field in tl.static_range(1, 4):
-        tl.store(counts + field, add_up(partial_counts + field, 5, parts, PARTIALS))
-    weight = tl.fma(weight_step, y, negative_weight * count.to(tl.float32))
+    total = add_up(partial_sums, parts, 4, 4, PARTIALS)
+    weighted_bce, p, y, py = of(total, 0), of(total, 1), of(total, 2), of(total, 3)
+    count = add_up(partial_counts, parts, 5, 8, PARTIALS)
+    field = tl.arange(0, 8)
+    tl.store(counts + field, count, mask=field < 4)
+    kept, bad = of(count, 0), of(count, 4) > 0
+    weight = tl.fma(weight_step, y, negative_weight * kept.to(tl.float32))
     bce = tl.where(weight > 0, tl.div_rn(weighted_bce, tl.where(weight > 0, weight, 1.0)), 0.0)
     # 1 - (2 py + smooth) / (p + y + smooth), with less cancellation.
     dice = tl.div_rn((p - py) + (y - py), p + y + smooth)
-    dice = tl.where(count > 0, dice, 0.0)
+    dice = tl.where(kept > 0, dice, 0.0)
     tl.store(sums + 1, bce)
     tl.store(sums + 2, dice)
     tl.store(sums + 3, weight)
     tl.store(sums + 4, p)
     tl.store(sums + 5, y)
     tl.store(sums + 6, py)
-    bad = add_up(partial_counts + 4, 5, parts, PARTIALS) > 0
     return tl.where(bad, float("nan"), bce_weight * bce + dice_weight * dice)
 
 
 @triton.jit
-def add_up(partials, stride, parts, PARTIALS: tl.constexpr):
-    """The sum of a column, as int64 for counts. Read past the L1 cache: other programs wrote it.
+def of(total, field):
+    return tl.sum(tl.where(tl.arange(0, total.shape[0]) == field, total, 0), 0)
+
+
+@triton.jit
+def add_up(partials, parts, fields, FIELDS: tl.constexpr, PARTIALS: tl.constexpr):
+    """The sums of `[parts, fields]`, as int64 for counts. Read past the L1 cache: other programs wrote them.
 
     Of an image of 2^31 pixels a lane adds up thousands of much the same numbers, whose roundings all have one sign:
     what a sum in fp32 loses is added to the next number (Kahan), unless that sum is infinite.
     """
-    i = tl.arange(0, PARTIALS)
-    if partials.dtype.element_ty == tl.int32:
-        total = tl.zeros((PARTIALS,), tl.int64)
-        for start in range(0, parts, PARTIALS):
-            total += load_partials(partials, stride, start + i, parts)
-    else:
-        total = tl.zeros((PARTIALS,), tl.float32)
-        excess = total
-        for start in range(0, parts, PARTIALS):
-            part = load_partials(partials, stride, start + i, parts) - excess
-            higher = total + part
-            excess = tl.where(tl.abs(higher) < float("inf"), (higher - total) - part, 0.0)
+    counts: tl.constexpr = partials.dtype.element_ty == tl.int32
+    field = tl.arange(0, FIELDS)[None, :]
+    total = tl.zeros((PARTIALS, FIELDS), tl.int64 if counts else tl.float32)
+    excess = total
+    for start in range(0, parts, PARTIALS):
+        part = start + tl.arange(0, PARTIALS)[:, None]
+        at = partials + (part.to(tl.int64) * fields + field)
+        value = tl.load(at, mask=(part < parts) & (field < fields), other=0, cache_modifier=".cg")
+        if counts:
+            total += value
+        else:
+            value -= excess
+            higher = total + value
+            excess = tl.where(tl.abs(higher) < float("inf"), (higher - total) - value, 0.0)
             total = higher
     return tl.sum(total, 0)
-
-
-@triton.jit
-def load_partials(partials, stride, i, parts):
-    return tl.load(partials + i.to(tl.int64) * stride, mask=i < parts, other=0, cache_modifier=".cg")
 
 
 def masked_loss(
@@ -223,22 +206,22 @@ def masked_loss(
     check_limit("similarity", similarity, map_valid, thresholds, quantile, len(logits))
     samples, rows, columns = target.shape
     resized = logits.shape[-2:] != target.shape[-2:]
+    index = loss_index_type(logits, target, similarity, valid)
     sums = logits.new_empty((samples, SUMS), dtype=torch.float32)
     counts = logits.new_empty((samples, COUNTS), dtype=torch.int64)
     loss = logits.new_empty((samples,) if reduction == NONE else (), dtype=torch.float32)
     tickets = logits.new_empty(samples + 1, dtype=torch.int32)
     with torch.cuda.device_of(logits):
         launch_limits(similarity, map_valid, thresholds, threshold, quantile, rank_in_fp64, sums[:, 0], tickets)
-        parts = triton.cdiv(rows, PROGRAM_ROWS) * triton.cdiv(columns, TILE_COLUMNS)
+        parts = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
         forward_kernel[(samples * parts,)](
             *plane(logits), *plane(target)[:4], *plane(similarity), *plane(valid)[:4],
             samples, rows, columns, bce_weight, dice_weight, negative_weight, positive_weight, smooth, loss, sums,
             counts, sums.new_empty(samples * parts * 4), tickets.new_empty(samples * parts * 5),
             sums.new_empty(samples), tickets, PROTECT=protect_target, RESIZED=resized,
             MAP_RESIZED=similarity is not None and similarity.shape[-2:] != target.shape[-2:], REDUCTION=reduction,
-            INDEX=loss_index_type(logits, target, similarity, valid), SUMS=SUMS, COUNTS=COUNTS,
-            TILE_ROWS=RESIZED_TILE_ROWS if resized else TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS,
-            PROGRAM_ROWS=PROGRAM_ROWS, PARTIALS=PARTIALS, RUN=RUN, num_warps=WARPS, enable_fp_fusion=False,
+            INDEX=index, SUMS=SUMS, COUNTS=COUNTS, COLUMNS=COLUMNS, ROWS=ROWS, PARTIALS=PARTIALS, num_warps=WARPS,
+            maxnreg=REGISTERS if index is tl.int32 else None, enable_fp_fusion=False,
         )
     return loss, sums, counts
 
@@ -260,6 +243,6 @@ def launch_limits(similarity, map_valid, thresholds, threshold, quantile, rank_i
         *((None, 0, 0) if values is None else (values, *values.stride())),
         *((None, 0, 0) if valid is None else (valid, *valid.stride())), 0 if values is None else values.shape[1],
         quantile, thresholds, 0 if thresholds is None else thresholds.stride(0), threshold, found, room, out,
-        out.stride(0), tickets, RANK_IN_FP64=rank_in_fp64, SAMPLE=quantiles.SAMPLE, BLOCK=quantiles.BLOCK,
-        num_warps=quantiles.WARPS, enable_fp_fusion=False,
+        out.stride(0), tickets, RANK_IN_FP64=rank_in_fp64, FEW=values is None or values.shape[1] <= quantiles.BLOCK,
+        SAMPLE=quantiles.SAMPLE, BLOCK=quantiles.BLOCK, num_warps=quantiles.WARPS, enable_fp_fusion=False,
     )

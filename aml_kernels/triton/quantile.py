@@ -18,8 +18,7 @@ from .selection import (
 )
 from .tensors import FLOATS, as_bytes, check
 
-# A block of 1024 keys is 8 per thread of 4 warps: enough loads in flight, and the histogram of a short map is not
-# mostly padding.
+# A block of 1024 keys is 8 per thread of 4 warps: enough loads in flight. Fewer values than that stay in registers.
 BLOCK, WARPS = 1024, 4
 # A histogram takes some 70 instructions for 32 keys, and counting the digits of a sample four of them. Of more than
 # DIRECT values, a program therefore looks at SAMPLE of them first and then counts digits of a sixteenth (see
@@ -42,8 +41,8 @@ def fraction(q, q_each, q_stride, sample):
 @triton.jit(do_not_specialize=["room"])
 def quantile_kernel(
     values, values_sample_stride, values_stride, valid, valid_sample_stride, valid_stride, count, q, q_each, q_stride,
-    found, room, out, INTERPOLATION: tl.constexpr, RANK_IN_FP64: tl.constexpr, SAMPLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    found, room, out, INTERPOLATION: tl.constexpr, RANK_IN_FP64: tl.constexpr, FEW: tl.constexpr,
+    SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A program per sample."""
     sample = tl.program_id(0)
@@ -55,7 +54,7 @@ def quantile_kernel(
         found += wide * room
     result = select_quantile(
         values, values_stride, valid, valid_stride, count, fraction(q, q_each, q_stride, sample), found, room,
-        INTERPOLATION, RANK_IN_FP64, SAMPLE, BLOCK,
+        INTERPOLATION, RANK_IN_FP64, FEW, SAMPLE, BLOCK,
     )
     tl.store(out + sample, result)
 
@@ -156,7 +155,8 @@ def sample_quantile(
     with torch.cuda.device_of(values):
         if count <= ONE_PROGRAM:
             quantile_kernel[(samples,)](
-                *where, *which, *room_for_keys(values), out, SAMPLE=SAMPLE, BLOCK=BLOCK, num_warps=WARPS, **options,
+                *where, *which, *room_for_keys(values), out, FEW=count <= BLOCK, SAMPLE=SAMPLE, BLOCK=BLOCK,
+                num_warps=WARPS, **options,
             )
             return out
         counts = values.new_zeros((samples, COUNTS), dtype=torch.int64)

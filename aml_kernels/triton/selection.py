@@ -1,4 +1,6 @@
-"""The quantile of a sample by radix selection, on integers of the same order as the numbers, eight bits at a time."""
+"""The quantile of a sample by radix selection, on integers of the same order as the numbers: eight bits at a time, or,
+of few values, which stay in registers, one.
+"""
 
 import triton
 import triton.language as tl
@@ -149,6 +151,19 @@ def keys_at(values, stride, valid, valid_stride, count, histogram, place, BLOCK:
 
 
 @triton.jit
+def keys_among(exists, key, place):
+    """The keys at `place` and at `place` + 1 of a block. A bit costs one count, a histogram of eight bits dozens."""
+    found = tl.zeros((), tl.uint32)
+    for bit in range(32):
+        higher = found | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        smaller = tl.sum((exists & (key < higher)).to(tl.int32), 0)
+        found = tl.where(smaller <= place, higher, found)
+    up_to = tl.sum((exists & (key <= found)).to(tl.int32), 0)
+    following = tl.min(tl.where(exists & (key > found), key, NO_KEY), 0)
+    return found, tl.where(place + 1 < up_to, found, following)
+
+
+@triton.jit
 def bracket(values, stride, valid, valid_stride, count, q, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
     """Two keys with the q-quantile between them, nearly always: four standard deviations of its rank among SAMPLE
     values, and cut to 16 bits."""
@@ -191,10 +206,11 @@ def collect(values, stride, valid, valid_stride, count, low, high, found, room, 
 @triton.jit
 def select_quantile(
     values, stride, valid, valid_stride, count, q, found, room, INTERPOLATION: tl.constexpr,
-    RANK_IN_FP64: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
+    RANK_IN_FP64: tl.constexpr, FEW: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The q-quantile of `count` values, by one program. NaN where there is none or a value is NaN.
 
+    FEW: they are one block at most, and are read once.
     found: None, or where values are many memory for `room` keys: the digits of all are then not counted four times.
     An evenly spaced sample tells between which keys the quantile lies, one pass finds the few keys between them, and
     what is counted is their digits. Should it lie elsewhere, or too many be equal, it is all of them after all.
@@ -202,7 +218,12 @@ def select_quantile(
     in_range = (q >= 0) & (q <= 1)
     q = tl.where(in_range, q, 0.0)
     none = tl.zeros((), tl.uint32)
-    if found is None:
+    if FEW:
+        exists, value, keys = load_keys(values, stride, valid, valid_stride, 0, count, BLOCK)
+        existing, nans = tl.sum(exists.to(tl.int32), 0), tl.sum((exists & (value != value)).to(tl.int32), 0)
+        below, above, weight = quantile_rank(q, existing, INTERPOLATION, RANK_IN_FP64)
+        key, following = keys_among(exists, keys, below)
+    elif found is None:
         histogram, _, nans = count_digits(values, stride, valid, valid_stride, 0, count, none, 24, BLOCK)
         existing = tl.sum(histogram, 0)
         below, above, weight = quantile_rank(q, existing, INTERPOLATION, RANK_IN_FP64)
