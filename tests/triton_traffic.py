@@ -71,7 +71,7 @@ def counted() -> Iterator[list[Launch]]:
             return run(kernel, *arguments, **options)
 
     def accessed(pointers, mask) -> tuple[int, np.ndarray]:
-        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+        addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data != 0]  # what is true may be an integer
         return pointers.get_element_ty().primitive_bitwidth // 8, addresses.ravel()
 
     def load(pointers, mask, *rest):

@@ -21,38 +21,40 @@ def pixels_from(
 
 
 @triton.jit
-def next_pixels(
-    planes, y, x, ways, states, limit, inside, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr, PROTECT: tl.constexpr,
-):
-    """Row `y`: the logits, labels, which pixels exist, which are kept; and the state before the row after it."""
+def read_row(planes, y, x, end, inside, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr):
+    """What memory has of row `y`, of rows before `end`. Read a row ahead, so that it is there when it is needed."""
     logits, target, similarity, valid = planes
-    z_way, s_way = ways
-    z_state, s_state = states
-    exists = inside
+    inside &= y < end
+    z, value, exists = 0, 0, 0
+    if not RESIZED:
+        z = load_plane(logits, y, x, inside)
+    if similarity is not None and not MAP_RESIZED:
+        value = load_plane(similarity, y, x, inside)
     if valid is not None:
-        exists &= load_plane(valid, y, x, inside) != 0
-    label = widen(load_plane(target, y, x, inside))
-    if RESIZED:
-        z, z_state = next_row(logits, z_way, z_state, inside)
-    else:
-        z = widen(load_plane(logits, y, x, inside))
-    value = None
-    if MAP_RESIZED:
-        value, s_state = next_row(similarity, s_way, s_state, inside)
-    elif similarity is not None:
-        value = widen(load_plane(similarity, y, x, inside))
-    return z, label, exists, kept(label, exists, value, limit, PROTECT), (z_state, s_state)
+        exists = load_plane(valid, y, x, inside)
+    return z, load_plane(target, y, x, inside), value, exists
 
 
 @triton.jit
-def kept(label, exists, similarity, limit, PROTECT: tl.constexpr):
-    """Which pixels count. `similarity`: None where nothing is left out."""
-    if similarity is None:
-        keep = exists
-    else:
-        similar = similarity >= limit
+def next_pixels(
+    row, planes, ways, states, limit, inside, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr, PROTECT: tl.constexpr,
+):
+    """Of what read_row() gave: logits, labels, which pixels exist, which are kept; and the state before the next row."""
+    logits, _, similarity, valid = planes
+    z, label, value, exists = row
+    z_way, s_way = ways
+    z_state, s_state = states
+    if RESIZED:
+        z, z_state = next_row(logits, z_way, z_state, inside)
+    if MAP_RESIZED:
+        value, s_state = next_row(similarity, s_way, s_state, inside)
+    exists = inside if valid is None else inside & (exists != 0)
+    label = widen(label)
+    keep = exists
+    if similarity is not None:
+        similar = widen(value) >= limit
         keep = exists & (similar | (label > 0.5)) if PROTECT else exists & similar
-    return keep
+    return widen(z), label, exists, keep, (z_state, s_state)
 
 
 @triton.jit

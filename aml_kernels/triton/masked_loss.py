@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import quantile as quantiles
-from .loss import cross_entropy, next_pixels, pixels_from, sigmoid
+from .loss import cross_entropy, next_pixels, pixels_from, read_row, sigmoid
 from .masked_loss_backward import COLUMNS, ROWS, WARPS, masked_loss_backward
 from .selection import select_quantile
 from .tensors import as_bytes, check_limit, check_loss, loss_index_type, plane
 
 __all__ = ["masked_loss", "masked_loss_backward"]
 
-REGISTERS = 112  # 18 programs to a multiprocessor; where logits are resized the compiler would take 124
+REGISTERS = 120  # 17 programs to a multiprocessor; where logits are resized the compiler would take a few more
 PARTIALS = 32  # that the last program of a sample adds up at a time
 MEAN, SUM, NONE = (tl.constexpr(i) for i in range(3))
 SUMS, COUNTS = 7, 4
@@ -87,9 +87,12 @@ def forward_kernel(
     zero = tl.zeros((COLUMNS,), tl.float32)
     bce_sum, p_sum, y_sum, py_sum, least, most = zero, zero, zero, zero, zero, zero
     packed = tl.zeros((COLUMNS,), tl.int32)  # four counts of at most ROWS
-    for y in range(first, tl.minimum(first + ROWS, rows)):
+    end = tl.minimum(first + ROWS, rows)
+    ahead = read_row(planes, first, x, end, inside, RESIZED, MAP_RESIZED)
+    for y in range(first, end):
+        row, ahead = ahead, read_row(planes, y + 1, x, end, inside, RESIZED, MAP_RESIZED)
         z, label, exists, keep, states = next_pixels(
-            planes, y, x, ways, states, limit, inside, RESIZED, MAP_RESIZED, PROTECT,
+            row, planes, ways, states, limit, inside, RESIZED, MAP_RESIZED, PROTECT,
         )
         is_target, predicted = label > 0.5, z > 0
         if valid is not None:  # beside the image there is a 0 of each

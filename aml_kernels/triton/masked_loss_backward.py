@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import narrow
-from .loss import loss_gradient, next_pixels, pixel_gradient, pixels_from
+from .loss import loss_gradient, next_pixels, pixel_gradient, pixels_from, read_row
 from .masked_loss_gather import gather_kernel
 from .tensors import check, check_loss, loss_index_type, plane
 
@@ -22,7 +22,7 @@ COLUMNS, ROWS, WARPS = 128, 16, 1
 # Logits of another size: the rows of the target that a program goes down, at least; those that its last logits share
 # with the next program's are gone down twice.
 GATHERED_ROWS, LEAST_CELL_ROWS, FEW_CELLS = 32, 4, 32
-REGISTERS = 128  # asked for, or the compiler takes 160: 16 programs to a multiprocessor instead of 12
+REGISTERS = 144  # asked for, or the compiler takes 160: 14 programs to a multiprocessor instead of 12
 SUMS = 7
 
 
@@ -60,10 +60,11 @@ def backward_kernel(
         first, x, (0, 0), (s_rows, s_columns), (rows, columns), False, MAP_RESIZED, INDEX,
     )
     out = gradient + wide * rows * columns
-    for y in range(first, tl.minimum(first + ROWS, rows)):
-        z, label, _, keep, states = next_pixels(
-            planes, y, x, ways, states, limit, inside, False, MAP_RESIZED, PROTECT,
-        )
+    end = tl.minimum(first + ROWS, rows)
+    ahead = read_row(planes, first, x, end, inside, False, MAP_RESIZED)
+    for y in range(first, end):
+        row, ahead = ahead, read_row(planes, y + 1, x, end, inside, False, MAP_RESIZED)
+        z, label, _, keep, states = next_pixels(row, planes, ways, states, limit, inside, False, MAP_RESIZED, PROTECT)
         slope = pixel_gradient(z, label, parts, negative_weight, positive_weight - negative_weight)
         slope = tl.where(keep, slope, 0.0)
         tl.store(out + (y * columns + x), narrow(slope, gradient.dtype.element_ty), mask=inside)
@@ -108,12 +109,13 @@ def masked_loss_backward(
                 *plane(logits)[:4], *arguments, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=WARPS, **options,
             )
         else:
+            narrow = index is tl.int32
             cell_columns = cells_across(z_columns, columns)
             cell_rows = max(LEAST_CELL_ROWS, GATHERED_ROWS * z_rows // rows) if cell_columns else 1
             tiles = triton.cdiv(z_rows, cell_rows) * triton.cdiv(z_columns, max(1, cell_columns))
             gather_kernel[(samples * tiles,)](
                 *plane(logits), *arguments, cell_rows, max(1, cell_columns), COLUMNS=COLUMNS,
-                CELLS=COLUMNS if cell_columns > FEW_CELLS else FEW_CELLS, WIDE=cell_columns == 0, num_warps=WARPS,
-                maxnreg=REGISTERS if index is tl.int32 else None, **options,
+                CELLS=COLUMNS if cell_columns > FEW_CELLS else FEW_CELLS, WIDE=cell_columns == 0,
+                num_warps=WARPS if narrow else 2 * WARPS, maxnreg=REGISTERS if narrow else None, **options,
             )
     return gradient

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import narrow
-from .loss import loss_gradient, next_pixels, pixel_gradient, pixels_from
+from .loss import loss_gradient, next_pixels, pixel_gradient, pixels_from, read_row
 from .resize import row_weight
 
 
@@ -59,24 +59,26 @@ def gather_kernel(
     for start in range(left, right, COLUMNS):
         x = start + tl.arange(0, COLUMNS).to(INDEX)
         inside = x < right
+        first, end = first_at(top, z_rows, rows, INDEX), first_at(last_row, z_rows, rows, INDEX)
         ways, states = pixels_from(
-            first_at(top, z_rows, rows, INDEX), x, (z_rows, z_columns), (s_rows, s_columns), (rows, columns), True,
-            MAP_RESIZED, INDEX,
+            first, x, (z_rows, z_columns), (s_rows, s_columns), (rows, columns), True, MAP_RESIZED, INDEX,
         )
+        ahead = read_row(planes, first, x, end, inside, True, MAP_RESIZED)
         before, along = ways[0][0]  # of each column: the cell before it, and the share of the cell behind it
         is_first = x * (z_columns - 1) - before * tl.maximum(columns - 1, 1) < z_columns - 1  # behind that cell
         this_row = tl.zeros((COLUMNS,), tl.float32)
         for row in range(top, last_row):
-            next_row = tl.zeros((COLUMNS,), tl.float32)
+            row_behind = tl.zeros((COLUMNS,), tl.float32)
             for y in range(first_at(row, z_rows, rows, INDEX), first_at(row + 1, z_rows, rows, INDEX)):
                 down = row_weight(ways[0], states[0])
+                pixels, ahead = ahead, read_row(planes, y + 1, x, end, inside, True, MAP_RESIZED)
                 z, label, _, keep, states = next_pixels(
-                    planes, y, x, ways, states, limit, inside, True, MAP_RESIZED, PROTECT,
+                    pixels, planes, ways, states, limit, inside, True, MAP_RESIZED, PROTECT,
                 )
                 slope = pixel_gradient(z, label, parts, negative_weight, positive_weight - negative_weight)
                 slope = tl.where(keep, slope, 0.0)
                 this_row += (1.0 - down) * slope
-                next_row += down * slope
+                row_behind += down * slope
             if row >= first_row:
                 _, of_before, of_behind = tl.associative_scan(
                     (is_first.to(tl.int32), (1.0 - along) * this_row, along * this_row), 0, joined,
@@ -86,7 +88,7 @@ def gather_kernel(
                     total += cells
                 else:
                     tl.store(out + row * z_columns, narrow(cells, gradient.dtype.element_ty), mask=cell < last_cell)
-            this_row = next_row
+            this_row = row_behind
     if WIDE:
         tl.store(out + first_row * z_columns, narrow(total, gradient.dtype.element_ty), mask=cell < last_cell)
 
