@@ -1,6 +1,6 @@
 """Compiles, on a machine without a GPU, the kernels that calls of the Triton launchers would run on one.
 
-`python tests/ahead_of_time.py` compiles every call of triton_calls.py for every architecture (10 minutes), prints the
+`python tests/ahead_of_time.py` compiles every call of triton_calls.py for every architecture (3 minutes), prints the
 table of docs/verification.md and fails if a kernel is not as it should be; test_triton_compile.py does the same for
 the calls that REPRESENTATIVE names. TRITON_INTERPRET must not be set.
 """

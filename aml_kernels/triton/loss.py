@@ -39,7 +39,7 @@ def read_row(planes, y, x, end, inside, RESIZED: tl.constexpr, MAP_RESIZED: tl.c
 def next_pixels(
     row, planes, ways, states, limit, inside, RESIZED: tl.constexpr, MAP_RESIZED: tl.constexpr, PROTECT: tl.constexpr,
 ):
-    """Of what read_row() gave: logits, labels, which pixels exist, which are kept; and the state before the next row."""
+    """Of what read_row() gave: logits, labels, which exist, which are kept; and the state before the next row."""
     logits, _, similarity, valid = planes
     z, label, value, exists = row
     z_way, s_way = ways

@@ -13,7 +13,7 @@ from .tensors import as_bytes, check_limit, check_loss, loss_index_type, plane
 
 __all__ = ["masked_loss", "masked_loss_backward"]
 
-REGISTERS = 120  # 17 programs to a multiprocessor; where logits are resized the compiler would take a few more
+REGISTERS, RESIZED_REGISTERS = 96, 120  # asked for, or the compiler takes a few more: 21, 17 to a multiprocessor
 PARTIALS = 32  # that the last program of a sample adds up at a time
 MEAN, SUM, NONE = (tl.constexpr(i) for i in range(3))
 SUMS, COUNTS = 7, 4
@@ -210,6 +210,7 @@ def masked_loss(
     samples, rows, columns = target.shape
     resized = logits.shape[-2:] != target.shape[-2:]
     index = loss_index_type(logits, target, similarity, valid)
+    registers = None if index is tl.int64 else RESIZED_REGISTERS if resized else REGISTERS
     sums = logits.new_empty((samples, SUMS), dtype=torch.float32)
     counts = logits.new_empty((samples, COUNTS), dtype=torch.int64)
     loss = logits.new_empty((samples,) if reduction == NONE else (), dtype=torch.float32)
@@ -224,7 +225,7 @@ def masked_loss(
             sums.new_empty(samples), tickets, PROTECT=protect_target, RESIZED=resized,
             MAP_RESIZED=similarity is not None and similarity.shape[-2:] != target.shape[-2:], REDUCTION=reduction,
             INDEX=index, SUMS=SUMS, COUNTS=COUNTS, COLUMNS=COLUMNS, ROWS=ROWS, PARTIALS=PARTIALS, num_warps=WARPS,
-            maxnreg=REGISTERS if index is tl.int32 else None, enable_fp_fusion=False,
+            maxnreg=registers, enable_fp_fusion=False,
         )
     return loss, sums, counts
 
