@@ -146,8 +146,8 @@ def test_released_alignment_is_reproduced(case):
     text = draw(4, (meta["B"], meta["L"], text_dim), meta["text_scale"])
     visual = draw(5, (meta["B"], visual_dim, meta["H"], meta["W"]), meta["visual_scale"])
     features = AlignmentInputs(visual, text, torch.zeros(text.shape[:2], dtype=torch.bool))
-    # A share of a softmax is off by up to a quarter of what the difference of two scores is off by, and scores, of up to
-    # 120, by as many roundings as the processor's matrix products make.
+    # A softmax is off by up to a quarter of what the difference of two scores is off by. Scores reach 120, and are off
+    # by as many roundings as the processor's matrix products make.
     words = torch.nn.functional.linear(text, **patchmax.projection.state_dict())
     tolerance = 1e-6 + 2**-22 * float((visual.flatten(2).mT @ words.mT).abs().max())
     torch.testing.assert_close(patchmax(features).flatten(1), tensors[f"{case}.relevance"], atol=tolerance, rtol=0)
