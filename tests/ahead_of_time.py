@@ -127,17 +127,19 @@ def figures(program, target: str) -> dict[str, int]:
         "registers": code.registers, "shared": code.shared,
         "spilled": code.stack if code.local_accesses else 0,  # ptxas may reserve bytes that it then has no use for
         "local": code.local_accesses, "fp64": code.double_instructions, "wide": code.wide_loads + wide_copies,
+        "half": code.count(r"LDG\.E(\.\w+)*\.64(\.\w+)*"),
         "tensor cores": code.count(r"[HQ]G?MMA\..*|UTC\w*MMA.*"), "tf32": code.count(r".*MMA.*TF32.*"),
     }
 
 
 def faults(row: dict) -> list[str]:
     """What is wrong with a program."""
-    wide, products = EXPECTED.get((row["call"], f"{row['module']}.{row['kernel']}"), (0, 0))
+    wide, products, *half = EXPECTED.get((row["call"], f"{row['module']}.{row['kernel']}"), (0, 0))
     found = {
         "spilled bytes": row["spilled"], "accesses to local memory": row["local"],
         "fp64 instructions": row["fp64"], "products rounded to TF32": row["tf32"],
         "128-bit loads missing": max(0, wide - row["wide"]),
+        "64-bit loads missing": max(0, sum(half) - row["half"]),
         "tensor core instructions missing": max(0, products - row["tensor cores"]),
     }
     return [f"{number} {what}" for what, number in found.items() if number]

@@ -115,14 +115,20 @@ REPRESENTATIVE = (
     "aml_loss", "loss fp32 fp32 valid", "similarity fp32", "quantile short bf16", "quantile long", "regions fp32",
 )
 
-#: For calls and kernels whose inputs are aligned: at least how many 128-bit loads and tensor core instructions.
+#: For calls and kernels whose inputs are aligned: at least how many 128-bit loads, tensor core instructions and 64-bit
+#: loads.
 EXPECTED = {
-    ("loss fp32 fp32 valid", "masked_loss.forward_kernel"): (2, 0),  # 4 logits and 4 targets of a thread
-    ("loss fp32 fp32 valid", "masked_loss_backward.backward_kernel"): (2, 0),
+    ("loss bf16 uint8", "masked_loss.forward_kernel"): (0, 0, 2),  # 4 logits of a thread: of the first row, of others
+    ("loss bf16 uint8", "masked_loss_backward.backward_kernel"): (0, 0, 2),
+    ("loss fp16 bool none", "masked_loss.forward_kernel"): (0, 0, 2),
+    ("loss fp16 bool none", "masked_loss_backward.backward_kernel"): (0, 0, 2),
+    ("loss fp32 fp32 valid", "masked_loss.forward_kernel"): (5, 0),  # also 4 targets; and one of the partial sums
+    ("loss fp32 fp32 valid", "masked_loss_backward.backward_kernel"): (4, 0),
     ("loss fp32 bf16 direct map", "masked_loss.limits_kernel"): (4, 0),
-    ("loss fp32 bf16 direct map", "masked_loss.forward_kernel"): (1, 0),  # 4 logits; targets and cells are 64 bits
-    ("loss fp32 bf16 direct map", "masked_loss_backward.backward_kernel"): (1, 0),
-    ("loss quarter fp32 fp32 valid", "masked_loss.forward_kernel"): (1, 0),  # 4 targets; the rest is gathered
+    ("loss fp32 bf16 direct map", "masked_loss.forward_kernel"): (3, 0, 4),  # targets and cells are 64 bits
+    ("loss fp32 bf16 direct map", "masked_loss_backward.backward_kernel"): (2, 0, 4),
+    ("loss quarter fp32 fp32 valid", "masked_loss.forward_kernel"): (3, 0),  # 4 targets; the rest is gathered
+    ("loss quarter fp32 fp32 valid", "masked_loss_gather.gather_kernel"): (2, 0),
     **{
         (call, f"{module}.{kernel}"): (1, products)
         for call, products in (("similarity bf16", 1), ("similarity fp16 last softmax", 1), ("similarity fp32", 0))

@@ -72,10 +72,10 @@ def backward_kernel(
 
 @functools.lru_cache
 def cells_across(source: int, destination: int) -> int:
-    """How many logits, whichever they are, were blended into no more than COLUMNS columns; 0: not even one."""
+    """How many logits were blended into COLUMNS columns at most, from a multiple of 4 on, whichever they are; or 0."""
     if destination <= COLUMNS:
         return min(source, COLUMNS)
-    most = min(COLUMNS, (COLUMNS - 1) * (source - 1) // (destination - 1) - 1)
+    most = min(COLUMNS, (COLUMNS - 3) * (source - 1) // (destination - 1) - 1)
     return triton.cdiv(source, triton.cdiv(source, most)) if most > 0 else 0
 
 
