@@ -87,8 +87,14 @@ def log1p_over_e(e):
 
 
 @triton.jit
-def loss_gradient(grad, sums, bce_weight, dice_weight, smooth):
-    """The parts of d loss / dz = bce w_y (p - y) + p (1 - p) (dice_p + dice_py y), from a sample's row of `sums`."""
+def loss_gradient(grad, samples, sums, bce_weight, dice_weight, smooth, MEAN: tl.constexpr):
+    """The parts of d loss / dz = bce w_y (p - y) + p (1 - p) (dice_p + dice_py y), from a sample's row of `sums`.
+
+    grad: points to the gradient in the sample's loss; in the mean of `samples` losses if MEAN.
+    """
+    grad = tl.load(grad)
+    if MEAN:
+        grad = tl.div_rn(grad, samples.to(tl.float32))
     weight, p, y, py = tl.load(sums + 3), tl.load(sums + 4), tl.load(sums + 5), tl.load(sums + 6)
     denominator = p + y + smooth
     dice = tl.div_rn(grad * dice_weight, denominator)
@@ -98,9 +104,10 @@ def loss_gradient(grad, sums, bce_weight, dice_weight, smooth):
 
 
 @triton.jit
-def pixel_gradient(z, y, parts, negative_weight, weight_step):
+def pixel_gradient(z, y, keep, parts, negative_weight, weight_step):
+    """d loss / dz; exactly 0 of a pixel that is left out, whatever it holds."""
     bce, dice_p, dice_py = parts
     e, reciprocal, p = sigmoid(z)
     slope = e * reciprocal * reciprocal  # p (1 - p)
     weight = tl.fma(y, weight_step, negative_weight)
-    return tl.fma(slope, tl.fma(y, dice_py, dice_p), bce * weight * (p - y))
+    return tl.where(keep, tl.fma(slope, tl.fma(y, dice_py, dice_p), bce * weight * (p - y)), 0.0)

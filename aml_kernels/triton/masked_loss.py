@@ -171,6 +171,7 @@ def finish_sample(
 
 @triton.jit
 def of(total, field):
+    """One of the sums that add_up() returned."""
     return tl.sum(tl.where(tl.arange(0, total.shape[0]) == field, total, 0), 0)
 
 

@@ -13,14 +13,14 @@ from .masked_loss_gather import gather_kernel
 from .tensors import check, check_loss, loss_index_type, plane
 
 # Forward and backward: a program is one warp, goes down 128 columns row by row, and so has two rows of the map, or of
-# smaller logits, to blend at a time. 4 pixels to a thread are 16 bytes of fp32, and leave registers for 18 to 32 warps,
+# smaller logits, to blend at a time. 4 pixels to a thread are 16 bytes of fp32, and leave registers for 14 to 32 warps,
 # which hide the latency of what they read; of 16-bit logits 8 would be 16 bytes, and leave half as many. 16 rows are
 # work enough to pay for the coordinates of the columns and the final sums, and are some 30 programs to a multiprocessor
 # at 32 x 480 x 480. Of tiles with rows beside rows each pixel would gather from the map, a layout of single elements,
 # to which Triton 3.6 then brings logits and targets as well, by way of shared memory.
 COLUMNS, ROWS, WARPS = 128, 16, 1
 # Logits of another size: the rows of the target that a program goes down, at least; those that its last logits share
-# with the next program's are gone down twice.
+# with the next program's are gone down twice. Of few logits to a program, each lane folds one.
 GATHERED_ROWS, LEAST_CELL_ROWS, FEW_CELLS = 32, 4, 32
 REGISTERS = 144  # asked for, or the compiler takes 160: 14 programs to a multiprocessor instead of 12
 SUMS = 7
@@ -40,11 +40,9 @@ def backward_kernel(
     tiles = tl.cdiv(rows, ROWS) * column_tiles
     sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     wide = sample.to(tl.int64)
-    incoming = tl.load(grad + wide * grad_stride)
-    if MEAN:
-        incoming = tl.div_rn(incoming, samples.to(tl.float32))
-    parts = loss_gradient(incoming, sums + wide * SUMS, bce_weight, dice_weight, smooth)
-    limit = tl.load(sums + wide * SUMS)
+    sums += wide * SUMS
+    limit = tl.load(sums)
+    parts = loss_gradient(grad + wide * grad_stride, samples, sums, bce_weight, dice_weight, smooth, MEAN)
 
     s_plane, valid_plane = None, None
     if similarity is not None:
@@ -65,8 +63,7 @@ def backward_kernel(
     for y in range(first, end):
         row, ahead = ahead, read_row(planes, y + 1, x, end, inside, False, MAP_RESIZED)
         z, label, _, keep, states = next_pixels(row, planes, ways, states, limit, inside, False, MAP_RESIZED, PROTECT)
-        slope = pixel_gradient(z, label, parts, negative_weight, positive_weight - negative_weight)
-        slope = tl.where(keep, slope, 0.0)
+        slope = pixel_gradient(z, label, keep, parts, negative_weight, positive_weight - negative_weight)
         tl.store(out + (y * columns + x), narrow(slope, gradient.dtype.element_ty), mask=inside)
 
 

@@ -29,11 +29,9 @@ def gather_kernel(
     tiles = tl.cdiv(z_rows, cell_rows) * column_tiles
     sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     wide = sample.to(tl.int64)
-    incoming = tl.load(grad + wide * grad_stride)
-    if MEAN:
-        incoming = tl.div_rn(incoming, samples.to(tl.float32))
-    parts = loss_gradient(incoming, sums + wide * SUMS, bce_weight, dice_weight, smooth)
-    limit = tl.load(sums + wide * SUMS)
+    sums += wide * SUMS
+    limit = tl.load(sums)
+    parts = loss_gradient(grad + wide * grad_stride, samples, sums, bce_weight, dice_weight, smooth, MEAN)
 
     s_plane, valid_plane = None, None
     if similarity is not None:
@@ -47,6 +45,7 @@ def gather_kernel(
     first_cell = (tile % column_tiles * cell_columns).to(INDEX)
     last_cell = tl.minimum(first_cell + cell_columns, z_columns)
     top = tl.maximum(first_row - 1, 0)  # the row above takes part in the same rows of the target
+    first, end = first_at(top, z_rows, rows, INDEX), first_at(last_row, z_rows, rows, INDEX)
     left, right = first_at(first_cell - 1, z_columns, columns, INDEX), first_at(last_cell, z_columns, columns, INDEX)
 
     cell = first_cell + tl.arange(0, CELLS).to(INDEX)
@@ -58,7 +57,6 @@ def gather_kernel(
     for start in range(left // 4 * 4, right, COLUMNS):  # aligned: a thread's four columns are read at once
         x = start + tl.arange(0, COLUMNS).to(INDEX)
         inside = x < columns
-        first, end = first_at(top, z_rows, rows, INDEX), first_at(last_row, z_rows, rows, INDEX)
         ways, states = pixels_from(
             first, x, (z_rows, z_columns), (s_rows, s_columns), (rows, columns), True, MAP_RESIZED, INDEX,
         )
@@ -74,8 +72,7 @@ def gather_kernel(
                 z, label, _, keep, states = next_pixels(
                     pixels, planes, ways, states, limit, inside, True, MAP_RESIZED, PROTECT,
                 )
-                slope = pixel_gradient(z, label, parts, negative_weight, positive_weight - negative_weight)
-                slope = tl.where(keep, slope, 0.0)
+                slope = pixel_gradient(z, label, keep, parts, negative_weight, positive_weight - negative_weight)
                 this_row += (1.0 - down) * slope
                 row_behind += down * slope
             if row >= first_row:
