@@ -37,6 +37,7 @@ from aml.errors import Stopped
 from aml.files import write_json, write_whole
 from aml.learner import Learner
 from aml.models import build_model
+from aml.runlock import only_run
 from aml.runlog import RunLog, tensorboard_writer
 from aml.schedule import learning_rate_factor
 from aml.training_state import RunState, starting_point
@@ -51,19 +52,21 @@ def train(config: Config, *, resume: bool = False, allow_change: Sequence[str] =
     allow_change: names of `training_state.ALLOWABLE` in which the run may differ from its checkpoint; it then goes on
         from the same step, but not as it would have.
 
-    Raises Stopped after SIGINT or SIGTERM, NonFiniteLoss, ResumeError, ConfigError, and what reading the data
-    raises. Settings and annotations are checked before any process group is formed or model built.
+    Raises Stopped after SIGINT or SIGTERM, NonFiniteLoss, ResumeError, ConfigError, LaunchError where another run
+    writes to that directory, and what reading the data raises. Settings and annotations are checked before any process
+    group is formed or model built.
     """
     if problems := training_problems(config):
         raise ConfigError(problems)
-    start = starting_point(Path(config.train.out), resume)
-    refer = open_data(config)
-    if config.train.tensorboard:
-        tensorboard_writer()
-    trainer = _Trainer(config, open_accelerator(config), refer)
-    if start is not None:
-        trainer.restore(start, allow_change)
-    trainer.run()
+    with only_run(Path(config.train.out)):
+        start = starting_point(Path(config.train.out), resume)
+        refer = open_data(config)
+        if config.train.tensorboard:
+            tensorboard_writer()
+        trainer = _Trainer(config, open_accelerator(config), refer)
+        if start is not None:
+            trainer.restore(start, allow_change)
+        trainer.run()
     return trainer.out
 
 

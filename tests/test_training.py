@@ -1,12 +1,17 @@
 """The training loop: what a run writes and keeps, and mistakes that have names."""
 
+import fcntl
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
+import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -15,6 +20,7 @@ from aml import checkpoint, distribution, runlog, training
 from aml.config import ConfigError, load
 from aml.data.refer import ReferDataset
 from aml.errors import LaunchError, ResumeError
+from aml.runlock import only_run
 from aml.runlog import RunLog, read_log
 from aml.training import train
 
@@ -48,6 +54,86 @@ def test_a_finished_run_stays_as_it_is(straight, words):
     before = (straight / "metrics.jsonl").read_bytes()
     train(load(None, words(straight)), resume=True)
     assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, words):
+    """A run that is killed, with worker processes that may live a moment longer, is no longer in the way."""
+    first = tiny.start(tiny.train, words(tmp_path, "train.workers=2", "train.steps=100000"))
+    deadline = time.monotonic() + 120
+    while checkpoint.newest(tmp_path)[0] is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(first.pid).children()
+    message = rf"^{tmp_path}: another run is writing there; .* give another --out$"
+    try:
+        for resume in (False, True):
+            with pytest.raises(LaunchError, match=message):
+                train(load(None, words(tmp_path)), resume=resume)
+        assert len(workers) == 2 and first.is_alive()
+        for worker in workers:
+            worker.suspend()
+    finally:
+        first.kill()
+        first.join(60)
+    try:
+        train(load(None, words(tmp_path, "train.steps=1")), resume=True)
+        assert all(worker.status() == psutil.STATUS_STOPPED for worker in workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_is_free_when_its_run_has_ended(tmp_path, fails):
+    with pytest.raises(RuntimeError, match="as if") if fails else nullcontext(), only_run(tmp_path):
+        assert refused(tmp_path)
+        if fails:
+            raise RuntimeError("as if by mistake")
+    assert not refused(tmp_path) and not list(tmp_path.iterdir())
+
+
+def refused(folder) -> bool:
+    """Whether another process may not have the folder."""
+    process = tiny.start(tiny.have_alone, folder)
+    process.join(60)
+    return process.exitcode == 3
+
+
+def test_a_lock_that_is_removed_while_it_is_opened_does_not_count(tmp_path, monkeypatch):
+    """By a run that ends at that moment: a third one would lock a new file."""
+    removed = []
+
+    def lock(file, how, original=fcntl.lockf):
+        if not removed:
+            removed.append(os.unlink(file.name))
+        original(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    with only_run(tmp_path):
+        assert removed and refused(tmp_path)
+
+
+def test_a_file_system_without_locks_does_not_keep_from_training(tmp_path, words, monkeypatch):
+    def unsupported(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    train(load(None, words(tmp_path, "train.steps=1")))
+    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
+
+
+def test_one_of_several_ranks_has_the_folder_for_all(tmp_path, monkeypatch):
+    with only_run(tmp_path):
+        assert refused(tmp_path)
+        monkeypatch.setenv("RANK", "1")
+        with only_run(tmp_path):
+            pass
+        assert refused(tmp_path)
+
+
+def test_a_run_that_does_not_begin_leaves_nothing(tmp_path, words):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        train(load(None, words(tmp_path / "runs" / "first", "data.root=/nowhere")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_process_outlives_a_failed_run(tmp_path, words, monkeypatch):

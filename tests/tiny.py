@@ -106,6 +106,18 @@ def train(words: list[str], moment: int | None = None) -> None:
     raise SystemExit(cli.main(["train", *words]))
 
 
+def have_alone(folder: Path) -> None:
+    """Ends with 3 where another run writes to the folder."""
+    from aml.errors import LaunchError
+    from aml.runlock import only_run
+
+    try:
+        with only_run(folder):
+            pass
+    except LaunchError:
+        raise SystemExit(3) from None
+
+
 def command(arguments: list[str], errors: Path) -> None:
     """`aml` with these arguments. errors: the file that gets what it prints as errors."""
     import torch
