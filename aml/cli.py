@@ -112,19 +112,24 @@ def _add_commands(parser: argparse.ArgumentParser, modules: dict[str, ModuleType
             _add_commands(added, module.COMMANDS)
             continue
         module.add_arguments(added)
-        takes_settings = getattr(module, "TAKES_SETTINGS", False)
-        remedy = getattr(module, "MEMORY_REMEDY", MEMORY_REMEDY)
-        of_all = {"takes_settings": takes_settings, "memory_remedy": remedy, "options": added._option_string_actions}
-        added.set_defaults(run=module.run, **of_all)
+        added.set_defaults(
+            run=module.run,
+            takes_settings=getattr(module, "TAKES_SETTINGS", False),
+            memory_remedy=getattr(module, "MEMORY_REMEDY", MEMORY_REMEDY),
+            dash_remedy=getattr(module, "DASH_REMEDY", ""),
+            options=added._option_string_actions,
+        )
 
 
 def _unknown(words: list[str], options: argparse.Namespace) -> str:
     known = [option for option in options.options if option.startswith("--")]
-    lines = []
+    lines, remedy = [], ""
     for word in words:
         near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
         lines.append(f"unknown argument {word!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    return "\n       ".join(lines)
+        if word.startswith("-") and not near:
+            remedy = options.dash_remedy
+    return "\n".join(filter(None, [*lines, remedy])).replace("\n", "\n       ")
 
 
 def _without_traceback(options: argparse.Namespace) -> int:

@@ -231,6 +231,22 @@ def test_a_sentence_may_be_named_as_something_here_is(folder, photos, tmp_path, 
     assert run(capsys, photos[0], "dog", "--checkpoint", folder, "--out", "out")[0] == 0
 
 
+def test_a_sentence_may_begin_with_a_dash(folder, photos, tmp_path, capsys):
+    """Which looks like an option, so that it is told how to give it; that way it is a sentence."""
+    given = ["--checkpoint", folder, "--out", tmp_path / "out"]
+    for words in ([photos[0], "-dog", *given], [photos[0], *given, "--", "-dog"]):
+        with pytest.raises(SystemExit) as stop:
+            run(capsys, *words)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "unknown argument '-dog'\n       a sentence that begins with a dash" in error
+    assert "aml predict --checkpoint DIR PHOTO -- -dog\n" in error
+    code, said, _ = run(capsys, *given, photos[0], "--", "-dog")
+    assert code == 0 and "dog.png: '-dog': " in said
+    with pytest.raises(SystemExit):
+        run(capsys, photos[0], "a dog", *given, "--interactve")
+    assert "did you mean --interactive?\nsee" in capsys.readouterr().err
+
+
 def test_mistakes_of_predict(folder, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, said in (

@@ -20,7 +20,11 @@ what is there already is not overwritten: the next is NAME-2-mask.png.
   aml predict photo.jpg "the black dog" --checkpoint runs/first --out prediction
   aml predict photos/ more.png "the black dog" --checkpoint runs/first --out prediction
   aml predict photo.jpg --interactive --checkpoint runs/first --out prediction
+  aml predict --checkpoint runs/first photo.jpg -- "-dog"      # what is behind -- is no option
 """
+DASH_REMEDY = (
+    "a sentence that begins with a dash goes behind photos and --, as in\n  aml predict --checkpoint DIR PHOTO -- -dog"
+)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}  # of the photos in a folder
 PARTS = ("mask", "overlay", "map")
 
