@@ -73,7 +73,10 @@ def _guarded(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
     except Exception as error:  # whatever it is, it belongs into the report
         if os.environ.get("AML_DEBUG"):
             raise
-        yield Finding(FAIL, what, f"{type(error).__name__}: {error}", "AML_DEBUG=1 aml doctor shows where")
+        if isinstance(error, ImportError | OSError | ValueError) and str(error):  # says what to mend, as for `aml`
+            yield Finding(FAIL, what, str(error))
+        else:
+            yield Finding(FAIL, what, f"{type(error).__name__}: {error}", "AML_DEBUG=1 aml doctor shows where")
 
 
 def packages() -> Iterator[Finding]:

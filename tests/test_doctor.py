@@ -83,6 +83,24 @@ def test_a_wrong_setting_of_the_model_is_no_question_of_weights(words):
     assert finding.level == doctor.FAIL and "did you mean 'compact'" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("word", "what", "said"),
+    [
+        ("alignment.projection=model", "model", "alignment.projection=model: compact has no space that"),
+        ("model.name=compakt", "weights", "unknown model 'compakt' (did you mean 'compact'?)"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_its_own_words(words, monkeypatch, capsys, word, what, said):
+    """Where the program found out is of no use to who mistyped."""
+    for check in ("packages", "operators", "two_processes"):
+        monkeypatch.setattr(doctor, check, lambda: iter(()))
+    assert cli.main(["doctor", *words, word]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (failure,) = (number for number, line in enumerate(lines) if line.startswith("FAIL"))
+    assert lines[failure].startswith(f"FAIL  {what}: {said}")
+    assert not lines[failure + 1].startswith("      ->")
+
+
 def test_an_operator_that_computes_something_else_fails(monkeypatch):
     from aml_kernels import __main__ as kernels
 
@@ -192,7 +210,9 @@ def test_a_check_that_raises_does_not_end_the_others(words, monkeypatch):
     monkeypatch.setattr(doctor, "operators", broken)
     monkeypatch.setattr(doctor, "two_processes", lambda: iter([doctor.Finding(doctor.OK, "two processes", "")]))
     found = findings(doctor.examine(load(None, words)))
-    assert "RuntimeError: surprise" in found[doctor.FAIL, "operators"].text and (doctor.OK, "two processes") in found
+    failure = found[doctor.FAIL, "operators"]
+    assert "RuntimeError: surprise" in failure.text and "AML_DEBUG=1" in failure.remedy
+    assert (doctor.OK, "two processes") in found
 
 
 def test_the_packages_are_those_of_the_extras():
