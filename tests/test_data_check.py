@@ -189,6 +189,7 @@ def test_images_under_their_names_of_2017_are_recognised(tmp_path, capsys):
         (lambda root: write_refer(root, b"\x80\x02]"), "was not read"),
         (lambda root: write_refer(root, pickle.dumps([Hostile(print, "hello")])), "it asks for"),
         (lambda root: write_refer(root, [ref(0, "train", ann_id=99)]), "ann_id 99 is not in"),
+        (lambda root: write_refer(root, annotations=[annotation(7), annotation(7, None)]), "ann_id 7 is given to"),
         (lambda root: write_refer(root, annotations=[annotation(7, {"size": [1, 1], "counts": [1]})]), "2 damaged"),
         (lambda root: write_refer(root, annotations=[annotation(7) | {"segmentation": None}]), "2 damaged"),
     ],

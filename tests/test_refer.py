@@ -194,6 +194,35 @@ def test_contradictions_are_errors(tmp_path, refs, message):
         ReferDataset(write_refer(tmp_path, refs))
 
 
+OTHER = [[5.0, 1.0, 9.0, 1.0, 9.0, 5.0, 5.0, 5.0]]
+
+
+@pytest.mark.parametrize("change", [{"segmentation": OTHER}, {"category_id": 2}, {"image_id": 4}], ids=str)
+@pytest.mark.parametrize("last", [0, 1])
+def test_an_id_of_annotations_that_differ_is_an_error(tmp_path, change, last):
+    """Whichever comes last; where a ref uses it."""
+    twins = [annotation(7), annotation(7) | change]
+    for refs in ([ref(0, "train")], [ref(0, "train", ann_id=[8, 7])]):
+        write_refer(tmp_path, refs, [twins[1 - last], annotation(8), twins[last]])
+        with pytest.raises(ValueError, match=r"ref 0 of .*: ann_id 7 is given to entries of .*instances.json that"):
+            ReferDataset(tmp_path)
+    assert ReferDataset(write_refer(tmp_path, [ref(0, "train", ann_id=8)], [*twins, annotation(8)])).splits()
+
+
+def test_an_annotation_that_is_there_twice_and_the_same_is_one(tmp_path):
+    """In what is used of it; three times, where the third differs, is an error."""
+    twins = [annotation(7) | {"area": 16.0}, annotation(7)]
+    data = ReferDataset(write_refer(tmp_path, [ref(0, "train")], twins))
+    assert data.area(data.expressions("train")[0]) == 16
+    with pytest.raises(ValueError, match="ann_id 7 is given to entries"):
+        ReferDataset(write_refer(tmp_path, [ref(0, "train")], [*twins, annotation(7, OTHER), annotation(7)]))
+
+
+def test_an_id_of_images_that_differ_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"image_id 3 is given to entries of .* differ: give each an id of its own"):
+        ReferDataset(write_refer(tmp_path, files=((3, "a.png"), (3, "b.png"))))
+
+
 # Hostile and damaged pickles
 
 

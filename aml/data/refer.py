@@ -7,7 +7,7 @@ Interaction Network", CVPR 2024 (RRSIS-D).
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,8 @@ class ReferDataset:
     def _read_instances(self, content: bytes, path: Path) -> None:
         try:
             instances = json.loads(content)
-            images = {image["id"]: image for image in instances["images"]}
-            annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+            images = _by_id(instances["images"], _IMAGE_FIELDS)
+            annotations = _by_id(instances["annotations"], (*_ANNOTATION_FIELDS, "segmentation"))
             self.categories = {category["id"]: category["name"] for category in instances["categories"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -251,7 +251,20 @@ class ReferDataset:
             )
 
 
-def _known(table: dict[int, Any], key: int, what: str, path: Path) -> Any:
+def _by_id(entries: list[dict[str, Any]], used: Iterable[str]) -> dict[int, dict[str, Any] | None]:
+    """Entries by their ids; None where several with one id differ in a field that is used."""
+    found: dict[int, dict[str, Any] | None] = {}
+    for entry in entries:
+        first = found.setdefault(entry["id"], entry)
+        if first is not None and first is not entry and any(first.get(key) != entry.get(key) for key in used):
+            found[entry["id"]] = None
+    return found
+
+
+def _known(table: Mapping[int, dict[str, Any] | None], key: int, what: str, path: Path) -> dict[str, Any]:
     if key not in table:
         raise ValueError(f"{what} {key} is not in {path}, which has {len(table)} ({some(table)})")
-    return table[key]
+    entry = table[key]
+    if entry is None:
+        raise ValueError(f"{what} {key} is given to entries of {path} that differ: give each an id of its own")
+    return entry
