@@ -262,6 +262,15 @@ def test_a_union_trains_on_no_image_that_a_member_holds_out(tmp_path):
         data.expressions("testC")
 
 
+def test_a_member_may_lie_in_a_folder_of_its_own(tmp_path):
+    """So that its name holds a slash."""
+    root = write_union(tmp_path, {"mine/boxes(me)": {1: "train", 2: "val"}, "refcoco(unc)": {1: "train"}})
+    data = open_dataset(root, "mine/boxes,refcoco")
+    (expression,) = (e for e in data.expressions("train") if e.sample_id == "mine/boxes(me)/1-10")
+    np.testing.assert_array_equal(data.mask(expression), LEFT_MASK)
+    assert data.images_of("val") == open_dataset(root, "mine/boxes").images_of("val")
+
+
 def test_a_partition_holds_out_images_of_a_union_where_it_is_a_member(tmp_path):
     places = {
         "refcoco(unc)": {1: "train", 2: "train"}, "refcoco+(unc)": {1: "train"},

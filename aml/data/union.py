@@ -93,7 +93,7 @@ class UnionDataset:
         return self._member(expression).mask(expression)
 
     def _member(self, expression: Expression) -> ReferDataset:
-        return self.members[expression.sample_id.partition("/")[0]]
+        return self.members[expression.sample_id.rpartition("/")[0]]  # a name may hold a slash
 
     def _without_held_out(self, found: dict[str, list[Expression]]) -> dict[str, list[Expression]]:
         held_out = set[Hashable]().union(*(member.held_out_images() for member in self.members.values()))
