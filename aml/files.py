@@ -39,7 +39,8 @@ def read_text(path: str | Path, what: str) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     with appearing_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names of files may hold bytes that are no UTF-8, and no result is given up for one.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from aml.alignment_scores import resized_map
 from aml.config import load as load_config
 from aml.data.photographs import to_rgb
 from aml.data.pixels import Box, at_own_size, padded, place, resized_image
+from aml.data.refs import encodable
 from aml.files import appearing_whole
 from aml.models import RISModel, build_model
 
@@ -96,7 +97,7 @@ def _inputs(model: RISModel, photo: Image.Image, sentence: str) -> tuple[Tensor,
     pixels = resized_image(photo, Box(0, 0, photo.width, photo.height), (inside.height, inside.width))
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (model.image_mean, model.image_std))
     square = torch.from_numpy(padded((pixels - mean) / std, inside, model.image_size)).to(device)
-    tokens, text_mask = (tensor.to(device) for tensor in model.tokenize([sentence]))
+    tokens, text_mask = (tensor.to(device) for tensor in model.tokenize([encodable(sentence)]))
     return square[None], tokens, text_mask
 
 

@@ -99,6 +99,12 @@ def test_several_targets_and_none_are_counted(tmp_path, capsys):
     assert "WARN  1 training image also in other splits: results on the latter will be too good" in said
 
 
+def test_damaged_characters_are_warned_of(tmp_path, capsys):
+    sentences = [{"sent_id": i, "sent": text} for i, text in enumerate(["a dog", "a \ud800 dog"])]
+    code, said = run(capsys, "check", write_refer(tmp_path, [ref(0, "train", sentences=sentences), ref(1, "val")]))
+    assert code == 0 and "WARN  1 sentence with damaged characters, read as U+FFFD (0-1)" in said
+
+
 @pytest.mark.parametrize(("there", "absent"), [("train", "val"), ("val", "train"), ("test", "train or val")])
 def test_a_data_set_that_cannot_be_trained_on_is_warned_of(tmp_path, capsys, there, absent):
     code, said = run(capsys, "check", write_refer(tmp_path, [ref(0, there)]))

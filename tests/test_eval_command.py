@@ -58,6 +58,15 @@ def test_images_that_were_trained_on_are_said(place, capsys):
         assert (warning in capsys.readouterr().err) == said
 
 
+def test_a_damaged_sentence_costs_no_evaluation(place, tmp_path):
+    damaged = [{"sent_id": 1, "sent": "the red \ud800 circle"}]
+    data = write_refer(tmp_path / "data", [ref(0, "train"), ref(1, "val", sentences=damaged)])
+    words = ["--checkpoint", str(place / "run"), "--data", str(data), "--out", str(tmp_path)]
+    assert cli.main(["eval", *words]) == 0
+    with (tmp_path / "refcoco-unc-val.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["sentence"] for row in csv.DictReader(file)] == ["the red \ufffd circle"]
+
+
 def test_all_are_all_but_train(evaluated):
     assert evaluated.parent.name == "evaluations" and evaluated.name == "step-00000040"
     sizes = {"val": 1, "testA": 3 + 7, "testB": 5 + 7}  # REFER's testAB belongs to both

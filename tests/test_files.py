@@ -6,6 +6,7 @@ import pytest
 
 from aml.config import load
 from aml.figures import save_png
+from aml.files import write_whole
 from aml.training import train
 
 SETTINGS = ("train.steps=1",)
@@ -28,6 +29,12 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         save_png(Figure((1, 1)), tmp_path / "picture.png")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("picture.png", before)]
+
+
+def test_a_name_that_is_no_utf_8_is_written_in_other_words(tmp_path):
+    """In which Python gives the bytes of a file's name."""
+    write_whole(tmp_path / "report.csv", "caf\udce9.png,0.5\nöl.png,0.7\n")
+    assert (tmp_path / "report.csv").read_text(encoding="utf-8") == "caf\\udce9.png,0.5\nöl.png,0.7\n"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json"])

@@ -60,6 +60,12 @@ def test_mask_and_probability_have_the_photographs_size(model, photo, tmp_path):
     assert not np.array_equal(predict(model, photo, "sky")[1], probability)
 
 
+def test_a_sentence_may_hold_what_is_no_character(model, photo):
+    """As typed in a terminal of another encoding."""
+    expected = predict(model, photo, "the \ufffd dog")[1]
+    assert np.array_equal(predict(model, photo, "the \udce9 dog")[1], expected)
+
+
 def test_a_checkpoint_gives_the_same_prediction(model, folder, photo, tmp_path):
     loaded = load_model(folder)
     assert not loaded.training

@@ -18,6 +18,7 @@ from refer_files import SQUARE, annotation, ref, write_refer
 
 from aml.data.plain_pickle import load_plain_pickle
 from aml.data.refer import ReferDataset
+from aml.data.refs import FIELDS
 from aml.data.segmentation import decode_segmentation
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -102,6 +103,22 @@ def test_reads_either_field_and_takes_the_image_by_id(tmp_path):
     assert ReferDataset(tmp_path, field="raw").expressions("train")[0].sentence == "Box 0!"
     with pytest.raises(ValueError, match="field='words': expected one of sent, raw"):
         ReferDataset(tmp_path, field="words")
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [("the \ud800 dog", "the \ufffd dog"), ("a\udce9", "a\ufffd"), ("\ud83d\ude00\x00é", "\U0001f600\x00é")],
+    ids=ascii,
+)
+@pytest.mark.parametrize("suffix", ["p", "json"])
+def test_half_a_character_is_replaced_and_nothing_else(tmp_path, stored, read, suffix):
+    """Neither a tokenizer takes it, nor a file in UTF-8. Two halves that belong together are put together."""
+    refs = [ref(0, "train", sentences=[{"sent_id": 1, "sent": stored, "raw": f"{stored}!"}])]
+    path = write_refer(tmp_path, refs) / "refcoco" / "refs(unc).p"
+    if suffix == "json":
+        path.unlink()
+        path.with_suffix(".json").write_text(json.dumps(refs))
+    assert [ReferDataset(tmp_path, field=f).expressions("train")[0].sentence for f in FIELDS] == [read, f"{read}!"]
 
 
 def test_several_targets_and_none(tmp_path):

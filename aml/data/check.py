@@ -168,6 +168,8 @@ def _check_content(report: Report, data: ReferDataset, files: Images) -> None:
     _check_masks(report, data, expressions)
     if blank := [e.sample_id for e in expressions if not e.sentence.strip()]:
         report.add(WARN, f"{_many(blank, 'empty sentence')} ({some(blank)})")
+    if damaged := [e.sample_id for e in expressions if "\ufffd" in e.sentence]:
+        report.add(WARN, f"{_many(damaged, 'sentence')} with damaged characters, read as U+FFFD ({some(damaged)})")
     several = sum(len(e.annotation_ids) > 1 for e in expressions)
     none = sum(not e.annotation_ids for e in expressions)
     if several or none:

@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 def read_refs(path: Path) -> list[dict[str, Any]]:
-    """The refs of a file, checked: ref_id, image_id, split, sentences and, as a tuple, annotation_ids.
+    """The refs of a file, checked: ref_id, image_id, split, sentences (`encodable`) and, as a tuple, annotation_ids.
 
     Raises:
         pickle.UnpicklingError: a pickle holds anything but plain containers, text and numbers.
@@ -103,11 +103,16 @@ def _checked(ref: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: a sentence is {type(sentence).__name__}, expected a dict")
         texts = {key: str for key in FIELDS if key in sentence}
         require_fields(sentence, {"sent_id": int} | texts, f"{where}: a sentence")
-        sentences.append({key: sentence[key] for key in ("sent_id", *texts)})
+        sentences.append({"sent_id": sentence["sent_id"]} | {key: encodable(sentence[key]) for key in texts})
     return {key: ref[key] for key in ("ref_id", "image_id", "split")} | {
         "annotation_ids": _annotation_ids(ref, where),
         "sentences": sentences,
     }
+
+
+def encodable(text: str) -> str:
+    """With U+FFFD in the place of each half of a surrogate pair: neither tokenizers nor files in UTF-8 take one."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _annotation_ids(ref: dict[str, Any], where: str) -> tuple[int, ...]:
