@@ -91,6 +91,26 @@ def test_half_types_round_as_pytorch(emulated):
             assert torch.equal(again[finite], x[finite].to(dtype).float()) and again[~finite].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_products_of_tensor_cores(run, dtype):
+    """Where a lane's numbers stand in the matrices is written down here as in the PTX ISA, mma.m16n8k16."""
+    lane = torch.arange(32)[:, None]
+    group, in_group = lane // 4, lane % 4
+    i = torch.arange(8)
+    a_row, a_column = group + 8 * ~((i < 2) | ((i >= 4) & (i < 6))), in_group * 2 + (i & 1) + 8 * (i >= 4)
+    i = torch.arange(4)
+    b_row, b_column = in_group * 2 + (i & 1) + 8 * (i >= 2), group.expand(32, 4)
+    c_row, c_column = group + 8 * (i >= 2), in_group * 2 + (i & 1)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((16, 16), (16, 8)))
+    c = torch.randn(16, 8, generator=generator)
+    given = a[a_row, a_column].contiguous(), b[b_row, b_column].contiguous(), c[c_row, c_column].contiguous()
+    for _ in range(SCHEDULES[run.mode]):
+        result = torch.full((16, 8), torch.nan)
+        result[c_row, c_column] = run.call("product", *given, dtype == torch.bfloat16)
+        torch.testing.assert_close(result.double(), c.double() + a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("blocks", (1, 3, 7))
 def test_right_kernels_pass(run, blocks):
     numbers = torch.arange(1000, dtype=torch.int32)

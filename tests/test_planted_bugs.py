@@ -47,8 +47,8 @@ BUGS = {
         "plain", "similarity of rows that begin anywhere, bf16", WRONG,
     ),
     "missing barrier of a warp": Bug(
-        "similarity", "comparison.cuh", "word.put(pipeline.words);\n      __syncwarp();",
-        "word.put(pipeline.words);", "races", "similarity of rows that begin anywhere, bf16", RACE,
+        "similarity", "comparison_by_lanes.cuh", "word_.put(words_);\n    __syncwarp();",
+        "word_.put(words_);", "races", "similarity of rows that begin anywhere, fp32", RACE,
     ),
     "missing barrier between histograms": Bug(
         "quantile", "few_values.cuh", "}\n    __syncthreads();\n    const WarpBins all(bins);",
@@ -64,8 +64,8 @@ BUGS = {
         "features before are done with", "", "plain", "similarity of rows that begin anywhere, bf16", WRONG,
     ),
     "copy beyond the end of a tensor": Bug(
-        "similarity", "comparison.cuh", "const bool followed = c + 1 < call_.channels",
-        "const bool followed = c < call_.channels", "bounds", "similarity of rows that begin anywhere, fp32",
+        "similarity", "comparison_features.cuh", "const bool followed = channel + row + 1 < call_.channels",
+        "const bool followed = channel + row < call_.channels", "bounds", "similarity of rows that begin anywhere, fp32",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "histogram without atomics": Bug(

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kLossThreads, 2) aml_loss_forward(const AmlCal
   prefetch_rows(call.loss, run);
   grid_barrier();
 
-  run_strips<true, Search::alone>(call.loss, run, shared.selection, [&](int begin, int end, const auto& limits) {
-    sum_strips<Way>(call.loss, begin, end, limits);
+  run_strips<true, Search::alone>(call.loss, run, shared.selection, [&](const auto& limits) {
+    sum_strips<Way>(call.loss, run, limits);
   });
   finish_loss(call.loss);
 }

@@ -238,6 +238,29 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// sum += a b by tensor cores: `a` of 16 x 16 and `b` of 16 x 8 numbers of type T, two of 16 bits in a register, and sums in
+// fp32. All lanes of a warp take part. Its lane holds, with group = lane / 4 and quad = lane % 4 (PTX ISA, "Matrix
+// fragments for mma.m16n8k16"):
+//   a[i]    row group + 8 (i % 2), columns 8 (i / 2) + 2 quad and the next
+//   b[i]    column group, rows 8 i + 2 quad and the next
+//   sum[i]  row group + 8 (i / 2), column 2 quad + i % 2
+template <class T>
+__device__ __forceinline__ void multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&sum)[4]) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#elif defined(AML_EMULATED)
+  emulation::multiply<T>(a, b, sum);
+#else
+  (void)a, (void)b, (void)sum;
+#endif
+}
+
 // The sum over a block of kThreads, in every thread; always added in the same order.
 template <int kThreads, class T>
 __device__ __forceinline__ T block_sum(T value) {

@@ -37,7 +37,7 @@ struct SimilarityCall {
   int channels, words, columns, cells;
   Reading reading;
   bool linear;       // cells are column_stride apart, also from one row to the next
-  bool text_packed;  // words begin with 16 bytes, and their channels lie side by side
+  bool text_packed;  // words begin with 16 bytes, their channels lie side by side, and an int reaches all of a sample
 
   // False if a sample has more cells, words or channels than an int counts.
   bool prepare() {
@@ -49,7 +49,7 @@ struct SimilarityCall {
     reading = widest_reading();
     const int64_t width = text.type == Type::f32 ? 4 : 8;
     text_packed = text.column_stride == 1 && reinterpret_cast<uintptr_t>(text.data) % 16 == 0 &&
-        text.sample_stride % width == 0 && text.row_stride % width == 0;
+        text.sample_stride % width == 0 && text.row_stride % width == 0 && text.row_stride <= most / text.rows - channel_count;
     return true;
   }
 

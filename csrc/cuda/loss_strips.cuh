@@ -123,7 +123,7 @@ __device__ __forceinline__ float find_limit(const LossCall& call, const Values& 
 
 // What is left of a block's strips, which are numbered through all samples.
 struct StripRun {
-  int begin, end;
+  int begin, end, part_end;  // the part that is summed next ends with some sample
 
   StripRun() = default;
   __device__ explicit StripRun(const LossCall& call) {
@@ -168,10 +168,10 @@ __device__ __forceinline__ void begin_strips(const LossCall& call, StripRun& run
 
 constexpr int kLimitsAtOnce = 8;  // samples whose thresholds a block finds before it sums their strips
 
-// The sums of strips [begin, end). A sample's threshold is limits[sample % kLimitsAtOnce].
+// The sums of a part of the strips. A sample's threshold is limits[sample % kLimitsAtOnce].
 template <class Way>
-__device__ __forceinline__ void sum_strips(const LossCall& call, int begin, int end, const float (&limits)[kLimitsAtOnce]) {
-  for (int strip = begin + int(threadIdx.x) / kWarp; strip < end; strip += kLossWarps) {
+__device__ __forceinline__ void sum_strips(const LossCall& call, const StripRun& run, const float (&limits)[kLimitsAtOnce]) {
+  for (int strip = run.begin + int(threadIdx.x) / kWarp; strip < run.part_end; strip += kLossWarps) {
     const int sample = strip / call.strips;
     ItemSums<typename Way::Label> sums;
     const uint32_t item = uint32_t(strip - sample * call.strips) * kWarp + threadIdx.x % kWarp;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void sum_strips(const LossCall& call, int begin, int 
   }
 }
 
-// Calls sum(begin, end, limits) for the strips of `run`, some samples after the other.
+// Calls sum(limits) for the strips of `run`, some samples after the other.
 // kFloatMap: the map consists of contiguous floats, or has rows of them.
 template <bool kFloatMap, Search kSearch, class F>
 __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, Selection& selection, F sum) {
@@ -208,11 +208,11 @@ __device__ __forceinline__ void run_strips(const LossCall& call, StripRun& run, 
         if (run.begin <= sample * call.strips) call.sums[int64_t(sample) * kSumColumns + kThreshold] = limit;
       }
     }
+    if (threadIdx.x == 0) run.part_end = min(run.end, (last + 1) * call.strips);  // kept in a register, it would be the one too many
     __syncthreads();
-    // Computed twice: kept in a register meanwhile, it would be the one too many.
-    sum(run.begin, min(run.end, (last + 1) * call.strips), limits);
+    sum(limits);
     __syncthreads();
-    if (threadIdx.x == 0) run.begin = min(run.end, (last + 1) * call.strips);
+    if (threadIdx.x == 0) run.begin = run.part_end;
     __syncthreads();
   }
 }

@@ -13,8 +13,8 @@ __global__ void __launch_bounds__(kLossThreads, Way::kBlocksPerProcessor) masked
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.ticket = 0;  // the barrier lets all see it
   begin_strips(call, run);
   constexpr Search kSearch = kFew ? Search::few : Search::teams;
-  run_strips<!std::is_same_v<Way, General>, kSearch>(call, run, selection, [&](int begin, int end, const auto& limits) {
-    sum_strips<Way>(call, begin, end, limits);
+  run_strips<!std::is_same_v<Way, General>, kSearch>(call, run, selection, [&](const auto& limits) {
+    sum_strips<Way>(call, run, limits);
   });
   finish_loss(call);
 }

@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
   const int tiles = call.blocks_of(kTileCells), sample = int(blockIdx.x) / tiles, words = call.words;
   const int64_t cells = call.cells;
   const int first = int(blockIdx.x) % tiles * kTileCells, cell = first + int(threadIdx.x);
-  const int64_t at = sample * cells + cell;
   const bool has_cell = threadIdx.x < kTileCells && cell < cells;
-  float* const products = scratch.coefficient + int64_t(sample) * words * cells + cell;  // with softmax, [words] x cells apart
+  // With softmax, [words] x cells apart. Found anew where it is used: kept, it would cost registers in the comparison.
+  const auto products = [&] { return scratch.coefficient + int64_t(sample) * words * cells + cell; };
   float norm = 0;
   BestWord best;
   for (int word = 0; word < words; word += kTileWords) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
     if (has_cell && count > 0) {
       norm = inverse_norm_of_cell(call, tile.square(threadIdx.x));
       best.update(call, tile, count, norm);
-      for (int j = 0; call.softmax && j < count; ++j) products[tile.index[j] * cells] = tile.product(j, threadIdx.x);
+      for (int j = 0; call.softmax && j < count; ++j) products()[tile.index[j] * cells] = tile.product(j, threadIdx.x);
     }
     if (first == 0 && int(threadIdx.x) < count) {
       scratch.inverse_norm[int64_t(sample) * words + tile.index[threadIdx.x]] = call.normalize ? tile.inverse_norm[threadIdx.x] : 1.0f;
@@ -76,12 +76,13 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
   if (first == 0 && threadIdx.x == 0) scratch.done[sample] = 0;
   if (!has_cell) return;
 
+  const int64_t at = sample * cells + cell;
   const float grad = best.word < 0 ? 0.0f : backward.grad[at];
   float along = 0;
   if (call.softmax) {
     for (int word = 0; word < words; ++word) {
       if (!call.is_word(sample, word)) continue;
-      float& product = products[word * cells];
+      float& product = products()[word * cells];
       const float share = exp_nonpositive(BestWord::score_of(call, product, norm) - best.score) / best.total;
       const float slope = ((word == best.word ? 1.0f : 0.0f) - share) / best.total;
       const float coefficient = grad == 0 || slope == 0 ? 0.0f : grad * slope * call.scale * norm;

@@ -86,6 +86,27 @@ EMULATION_HIDDEN T shuffle(unsigned mask, T value, unsigned source, std::source_
   return value;
 }
 
+// mma.m16n8k16: sum += a b, where a lane holds two numbers of T in each register. Added up one after the other here, and
+// in an order and with a rounding of its own by a tensor core.
+template <class T>
+EMULATION_HIDDEN void multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&sum)[4], EMULATION_HERE) {
+  struct Fragments {
+    T a[4][2], b[2][2];
+  } fragments;
+  __builtin_memcpy(fragments.a, a, sizeof(a));
+  __builtin_memcpy(fragments.b, b, sizeof(b));
+  const Value* values = exchange(~0u, fragments, at);
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned quad = k % 8 / 2;
+      const T left = of_lane<Fragments>(values, row % 8 * 4 + quad).a[row / 8 + k / 8 * 2][k % 2];
+      const T right = of_lane<Fragments>(values, column * 4 + quad).b[k / 8][k % 2];
+      sum[i] = __builtin_fmaf(float(left), float(right), sum[i]);
+    }
+  }
+}
+
 template <class T, class Combine>
 EMULATION_HIDDEN T reduce(unsigned mask, T value, Combine combine, std::source_location at) {
   const Value* values = exchange(mask, value, at);

@@ -54,6 +54,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> halves(Tensor from) {
   return {half, bfloat, a, b};
 }
 
+// ---- Tensor cores: a row of each lane's numbers, of a, of b and of what is added up.
+
+template <class T>
+__global__ void multiply_fragments(const uint32_t* a, const uint32_t* b, float* sum) {
+  const int lane = int(threadIdx.x);
+  uint32_t left[4], right[2];
+  float sums[4];
+  for (int i = 0; i < 4; ++i) left[i] = a[4 * lane + i], sums[i] = sum[4 * lane + i];
+  for (int i = 0; i < 2; ++i) right[i] = b[2 * lane + i];
+  emulation::multiply<T>(left, right, sums);
+  for (int i = 0; i < 4; ++i) sum[4 * lane + i] = sums[i];
+}
+
+Tensor product(Tensor a, Tensor b, Tensor before, bool bf16) {
+  Tensor sum = torch::stable::new_empty(before, before.sizes());
+  std::memcpy(sum.mutable_data_ptr<float>(), before.const_data_ptr<float>(), 128 * sizeof(float));
+  const auto* left = static_cast<const uint32_t*>(a.const_data_ptr());
+  const auto* right = static_cast<const uint32_t*>(b.const_data_ptr());
+  if (bf16) {
+    AML_LAUNCH(1, 32, 0, nullptr, multiply_fragments<__nv_bfloat16>, left, right, sum.mutable_data_ptr<float>());
+  } else {
+    AML_LAUNCH(1, 32, 0, nullptr, multiply_fragments<__half>, left, right, sum.mutable_data_ptr<float>());
+  }
+  return sum;
+}
+
 // ---- A sum over blocks, right or with one mistake. Every mistake has its name.
 
 enum Mistake { kNone, kNoBarrier, kNoAtomic, kNoFenceOfWriter, kNoFenceOfReader, kBeyondShared, kBeyondGlobal, kMisaligned };
@@ -209,6 +235,7 @@ Tensor unwritten(Tensor like) {
 STABLE_TORCH_LIBRARY_IMPL(aml_kernels, CUDA, library) {
   library.impl("warp", TORCH_BOX(&warp));
   library.impl("halves", TORCH_BOX(&halves));
+  library.impl("product", TORCH_BOX(&product));
   library.impl("sum", TORCH_BOX(&sum));
   library.impl("reversed", TORCH_BOX(&reversed));
   library.impl("waits", TORCH_BOX(&waits));

@@ -28,7 +28,7 @@ struct Shape {
 constexpr unsigned kWarp = 32;
 
 struct alignas(16) Value {
-  char bytes[16];
+  char bytes[32];
 };
 
 struct Fibre;
