@@ -22,8 +22,10 @@ SHARED_OF_PROCESSOR = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 
 REGISTERS_OF_PROCESSOR = 1 << 16
 THREADS_OF_PROCESSOR = 2048
 #: Bytes of shared memory that a launch asks for, which the machine code does not tell.
-DYNAMIC_SHARED = {"similarity_gradients<float>": 52624} | {
-    f"similarity_gradients<{name}>": 44432 for name in ("bf16", "f16")
+DYNAMIC_SHARED = {
+    f"similarity_gradients<{name}, {way}>": common + features
+    for way, common in (("BestWordGradient", 59792), ("AllWordsGradient", 35216))
+    for name, features in (("float", 17408), ("bf16", 9216), ("f16", 9216))
 }
 
 

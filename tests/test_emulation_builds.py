@@ -36,6 +36,11 @@ def similarity(backend, size, dtype, layout="contiguous", **options):
     test_similarity.check(backend, *test_similarity.features(size, dtype, layouts), **options)
 
 
+def words_of_another_type(backend, visual_dtype, text_dtype):
+    visual, text, mask = test_similarity.features(((2, 37, 5, 7), 11))
+    test_similarity.check(backend, visual.to(visual_dtype), text.to(text_dtype), mask)
+
+
 def rows_anywhere(backend, dtype):
     """Wherever rows of cells begin, the same bits. As many channels as it takes to use all memory again."""
     channels = 270 if dtype == torch.float32 else 530
@@ -81,6 +86,8 @@ CASES = {
     "similarity of rows that begin anywhere, fp32": lambda b: rows_anywhere(b, F32),
     "similarity of rows that begin anywhere, bf16": lambda b: rows_anywhere(b, BF16),
     "similarity of single features": lambda b: similarity(b, ((2, 37, 5, 7), 6), F16, "sliced", softmax=True, scale=5),
+    "similarity of words of another type, bf16": lambda b: words_of_another_type(b, BF16, F32),
+    "similarity of words of another type, fp16": lambda b: words_of_another_type(b, F16, BF16),
     "similarity of many words": lambda b: similarity(b, ((1, 70, 5, 16), 77), F32),
     "loss of packed rows, fp32": lambda b: loss(b, F32, (24, 32), (24, 32), layouts=("contiguous",), masks=False),
     "loss of packed rows, bf16": lambda b: loss(b, BF16, (24, 32), (24, 32), layouts=("contiguous",), masks=False),

@@ -16,8 +16,8 @@ STREAMING = {
     r"masked_loss_forward<Direct<\w+, \w+>, .*>": (2, 0),
     r"masked_loss_backward_pixels<Direct<\w+, \w+>>": (2, 1),
     r"similarity_(forward|coefficients)<\w+>": (5, 0),  # two packs of cells and one more, two packs of channels
-    r"similarity_gradients<float>": (8, 4),
-    r"similarity_gradients<(bf16|f16)>": (4, 0),  # four gradients of 16 bits are a store of 64
+    r"similarity_gradients<float, \w+>": (8, 4),
+    r"similarity_gradients<(bf16|f16), \w+>": (4, 0),  # four gradients of 16 bits are a store of 64
     r"quantile_by_(block|team)<\w+>": (2, 0),
     r"filter_image_regions": (4, 4),  # elements of 1, 2, 4 and 8 bytes
 }
@@ -76,6 +76,14 @@ def test_features_are_copied_in_128_bits_wherever_their_rows_begin(kernels):
         assert kernel.wide_copies == copies, f"{kernel.name}: {copies} copies, {kernel.wide_copies} of 128 bits"
         if re.match("similarity|aml_loss_forward", kernel.name):
             assert copies >= 5, f"{kernel.name}: {copies} copies, expected 5"
+
+
+def test_tensor_cores_multiply_16_bits_and_fp32_keeps_its_own(kernels):
+    for kernel in kernels:
+        products = kernel.count(r"HMMA\..*")
+        compares = re.match(r"(similarity_forward|similarity_coefficients|aml_loss_forward)<(bf16|f16)", kernel.name)
+        assert products >= 16 if compares else products == 0, f"{kernel.name}: {products} products by tensor cores"
+        assert kernel.count(r"HMMA\.16816\.F32(\.BF16)?") == products, f"{kernel.name}: {kernel.opcodes}"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

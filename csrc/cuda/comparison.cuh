@@ -30,13 +30,13 @@ struct ComparisonTile {
   __device__ __forceinline__ float square(int cell) const { return sums[0][kTileWords][cell]; }  // of a cell's features
 };
 
-// Lists the real words among [first, first + kTileWords) and returns how many there are. Ends with a barrier.
-__device__ inline int list_words(const SimilarityCall& call, int sample, int first, int32_t (&index)[kTileWords]) {
+// Lists the real words among [first, first + kTileWords) and returns a bit for each. Ends with a barrier.
+__device__ inline unsigned list_words(const SimilarityCall& call, int sample, int first, int32_t (&index)[kTileWords]) {
   const int lane = threadIdx.x % kWarp;
   const unsigned real = __ballot_sync(kAllLanes, call.is_word(sample, first + lane));
   if (threadIdx.x < kWarp && (real >> lane & 1)) index[__popc(real & ((1u << lane) - 1))] = first + lane;
   __syncthreads();
-  return __popc(real);
+  return real;
 }
 
 // Goes through a warp's channels, from `channel` on, and writes its sums. Begins where the tile is free, ends with a barrier.
@@ -68,7 +68,7 @@ __device__ __forceinline__ void run_pipeline(const SimilarityCall& call, int cha
 // with a barrier.
 template <class T>
 __device__ int compare_words(const SimilarityCall& call, int sample, int first, int first_word, ComparisonTile& tile) {
-  const int count = list_words(call, sample, first_word, tile.index);
+  const int count = __popc(list_words(call, sample, first_word, tile.index));
   if (count == 0) return 0;
   const int channel = int(threadIdx.x) / kWarp * StepFeatures<T>::kChannels;
   WarpFeatures<T> features(call, sample, first, channel);

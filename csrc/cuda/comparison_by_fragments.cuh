@@ -17,10 +17,11 @@ class FragmentProducts {
   using Step = StepFeatures<T>;
   // For the words index[0 ... count - 1].
   __device__ FragmentProducts(const SimilarityCall& call, int sample, const int32_t* index, int count, const WarpFeatures<T>& features)
-      : call_(call), index_(index), count_(count), shift_{features.shift(2 * quad()), features.shift(2 * quad() + 1)},
-        text_(static_cast<const char*>(call.text.data) + sample * call.text.sample_stride * bytes_of(call.text.type)) {
+      : call_(call), index_(index), count_(count), text_(static_cast<const char*>(call.text.data) + sample * call.text.sample_stride * bytes_of(call.text.type)) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) offset_[t] = word_of(t) * int(call.text.row_stride);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) corner_[k] = kept((2 * quad() + k) * kRowCells + features.shift(2 * quad() + k) + group());
   }
 
   // The words' channels of the next step, which begins with `channel`.
@@ -73,7 +74,7 @@ class FragmentProducts {
 
  private:
   static_assert(sizeof(T) == 2 && StepFeatures<T>::kChannels == 16);
-  static constexpr int kTiles = kTileWords / 8;
+  static constexpr int kTiles = kTileWords / 8, kRowCells = kTileCells + Step::kWidth;
   static __device__ __forceinline__ int group() { return threadIdx.x % kWarp / 4; }
   static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
 
@@ -106,8 +107,8 @@ class FragmentProducts {
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int cell = half * 16 + i % 2 * 8 + group(), channel = i / 2 * 8 + 2 * quad();
-        const Pack<T, 2> both{step.along_cells[channel][shift_[0] + cell], step.along_cells[channel + 1][shift_[1] + cell]};
+        const T* from = &step.along_cells[0][0] + (i / 2 * 8 * kRowCells + half * 16 + i % 2 * 8);
+        const Pack<T, 2> both{from[corner_[0]], from[corner_[1]]};
         cells[i] = bit_cast<uint32_t>(both);
       }
     }
@@ -188,7 +189,7 @@ class FragmentProducts {
   const SimilarityCall& call_;
   const int32_t* index_;
   const int count_;
-  const int shift_[2];
+  int corner_[2];  // where the lane's first cell stands in a step, in its first two channels
   const void* text_;    // of the sample
   int offset_[kTiles];    // of the lane's words, where they are packed
   uint32_t words_[kTiles][2] = {};

@@ -33,13 +33,17 @@ class WarpFeatures {
   // Of the tile's cells, from `first` on; the first step begins with `channel`.
   __device__ WarpFeatures(const SimilarityCall& call, int sample, int first, int channel)
       : call_(call), data_(static_cast<const T*>(call.visual.data) + sample * call.visual.sample_stride), first_(first),
-        last_(min(call.cells, first + kTileCells)) {
+        last_(min(call.cells, first + kTileCells)),
+        whole_end_(call.channel_stride >= kWidth ? call.channels - kChannels : 0) {
     const T* begin = data_ + channel * call.channel_stride;
     if (call.reading == Reading::channels) {
       from_ = begin + (first + lane() / 2) * call.visual.column_stride + lane() % 2 * kWidth;
     } else {
-      from_ = begin + cell_of(lane() / kAcross, lane() % kAcross) + lane() / kAcross * call.channel_stride;
-      more_ = begin + cell_of(lane(), kAcross) + lane() * call.channel_stride;
+      const int first_cell = cell_of(lane() / kAcross, lane() % kAcross), one_more = cell_of(lane(), kAcross);
+      from_ = begin + first_cell + lane() / kAcross * call.channel_stride;
+      more_ = begin + one_more + lane() * call.channel_stride;
+      const bool takes_more = call.reading == Reading::shifted_cells && lane() < kChannels && one_more < last_;
+      takes_ = kept((first_cell < last_ ? kPacks : 0) | (takes_more ? kOneMore : 0));
     }
   }
 
@@ -76,20 +80,20 @@ class WarpFeatures {
   // A lane copies one pack of some rows, and one more where rows are shifted; none where the tile has no cell.
   __device__ __forceinline__ void fetch_along_cells(Step& step, int channel) const {
     const int row = lane() / kAcross, pack = lane() % kAcross;
-    const bool inside = cell_of(row, pack) < last_;
-    const bool one_more = call_.reading == Reading::shifted_cells && lane() < kChannels && cell_of(lane(), kAcross) < last_;
-    if (channel + kChannels < call_.channels && call_.channel_stride >= kWidth) {  // other rows follow: all packs are whole
-      if (inside) {
+    if (channel < whole_end_) {  // another row follows the last one, so that all packs are whole
+      if (takes_ & kPacks) {
 #pragma unroll
         for (int i = 0; i < kChannels / kRows; ++i) {
           copy_async(&step.along_cells[row + i * kRows][pack * kWidth], from_ + i * kRows * call_.channel_stride);
         }
       }
-      if (one_more) copy_async(&step.along_cells[lane()][kTileCells], more_);
+      if (takes_ & kOneMore) copy_async(&step.along_cells[lane()][kTileCells], more_);
       return;
     }
-    for (int i = 0; inside && i < kChannels / kRows; ++i) copy_to_end(step, channel, row + i * kRows, pack, from_ + i * kRows * call_.channel_stride);
-    if (one_more) copy_to_end(step, channel, lane(), kAcross, more_);
+    for (int i = 0; takes_ & kPacks && i < kChannels / kRows; ++i) {
+      copy_to_end(step, channel, row + i * kRows, pack, from_ + i * kRows * call_.channel_stride);
+    }
+    if (takes_ & kOneMore) copy_to_end(step, channel, lane(), kAcross, more_);
   }
 
   // A pack may begin before its row, and end behind it where another follows: what it holds of other cells is not used.
@@ -121,7 +125,9 @@ class WarpFeatures {
   const SimilarityCall& call_;
   const T* data_;
   const T *from_ = nullptr, *more_ = nullptr;  // what a lane copies first, and the one pack more, in the next step
-  const int first_, last_;
+  const int first_, last_, whole_end_;
+  enum { kPacks = 1, kOneMore = 2 };
+  int takes_ = 0;  // which of both a lane copies, along the cells
 };
 
 }  // namespace aml::cuda

@@ -238,6 +238,14 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Stays in its register: what costs a few instructions, compilers compute again in every turn of a loop.
+__device__ __forceinline__ int kept(int value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // sum += a b by tensor cores: `a` of 16 x 16 and `b` of 16 x 8 numbers of type T, two of 16 bits in a register, and sums in
 // fp32. All lanes of a warp take part. Its lane holds, with group = lane / 4 and quad = lane % 4 (PTX ISA, "Matrix
 // fragments for mma.m16n8k16"):

@@ -3,169 +3,23 @@
 //   similarity_coefficients   compares again and writes, per cell, what its gradient depends on: the chosen word and its
 //                             coefficient (with softmax the coefficients of all words), and that of the feature itself
 //   similarity_gradients      a block takes 64 channels of a sample: every cell's gradient is local to it, and the words'
-//                             gradients are sums over the cells, in registers; the sample's last block finishes them
+//                             gradients are sums over the cells; the sample's last block finishes them
 //
 // With unit words u, coefficients a and b = -sum_j a_j <v, u_j> / |v|^2:  d v = sum_j a_j u_j + b v;  d u_j = sum_cells a_j v.
 #pragma once
 
-#include "similarity_coefficients.cuh"
+#include "similarity_gradient_ways.cuh"
 
 namespace aml::cuda {
 
-constexpr int kWordGroup = 8;  // a thread adds up the gradients of one group
-
-struct GradientTile {
-  alignas(16) float features[kBlockChannels][kRow];  // [channel][feature_column]; in the end [word][channel]: sums
-  alignas(16) float words[kTileWords][kRow];        // [word][channel], unit vectors
-  alignas(16) float coefficient[kTileWords][kRow];  // [word][cell]
-  alignas(16) float along[kBlockCells];
-  int32_t index[kTileWords];
-  bool last;
-};
-
-// Dynamic: for fp32 it is more than a kernel may have without asking.
-template <class T>
+// Dynamic: it is more than a kernel may have without asking.
+template <class T, class Way>
 struct GradientShared {
   GradientTile tile;
+  typename Way::Shared way;
   RawFeatures<T> raw;  // of the next tile, on their way
 };
-static_assert(2 * (sizeof(GradientShared<float>) + 1024) <= 164 * 1024, "two blocks on sm_80, which takes 1 KB of each");
-
-__device__ __forceinline__ int padded(int count) { return (count + kWordGroup - 1) / kWordGroup * kWordGroup; }
-
-// The listed words' coefficients for the cells from `first` on; zero where there is no cell or no word.
-__device__ inline void stage_coefficients(const SimilarityCall& call, const SimilarityScratch& scratch, int sample,
-                                          int first, int count, GradientTile& tile) {
-  const int cell = first + int(threadIdx.x) % kBlockCells;
-  const int64_t cells = call.cells, at = sample * cells + cell;
-  const bool exists = cell < cells;
-  const int32_t word = exists && !call.softmax ? scratch.word[at] : -1;
-  const float coefficient = exists && !call.softmax ? scratch.coefficient[at] : 0.0f;
-  for (int j = threadIdx.x / kBlockCells; j < padded(count); j += kSimilarityThreads / kBlockCells) {
-    float value = 0;
-    if (exists && j < count) {
-      value = call.softmax ? scratch.coefficient[(int64_t(sample) * call.words + tile.index[j]) * cells + cell]
-          : word == tile.index[j] ? coefficient : 0.0f;
-    }
-    tile.coefficient[j][threadIdx.x % kBlockCells] = value;
-  }
-  if (threadIdx.x < kBlockCells) tile.along[threadIdx.x] = exists ? scratch.along[at] : 0.0f;
-}
-
-__device__ __forceinline__ float unit_word(const SimilarityCall& call, const SimilarityScratch& scratch, int sample,
-                                           int word, int channel) {
-  return load_element(call.text, sample, word, channel) * scratch.inverse_norm[int64_t(sample) * call.words + word];
-}
-
-// Unit vectors of the listed words, 64 channels from `channel` on.
-__device__ inline void stage_words(const SimilarityCall& call, const SimilarityScratch& scratch, int sample, int channel,
-                                   int count, GradientTile& tile) {
-  const int c = channel + threadIdx.x % kBlockChannels;
-  for (int j = threadIdx.x / kBlockChannels; j < count; j += kSimilarityThreads / kBlockChannels) {
-    tile.words[j][threadIdx.x % kBlockChannels] = c < call.channels ? unit_word(call, scratch, sample, tile.index[j], c) : 0.0f;
-  }
-}
-
-// The gradient of four features of each of four cells.
-struct FeatureGradient {
-  float value[4][4];  // [channel][cell]
-  const int cell = threadIdx.x % 16 * 4, channel = threadIdx.x / 16 * 4;
-
-  __device__ explicit FeatureGradient(const GradientTile& tile) {
-    const Pack<float, 4> along = load<4>(&tile.along[cell]);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const Pack<float, 4> v = load<4>(&tile.features[channel + c][feature_column(channel + c, cell)]);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) value[c][k] = along.value[k] * v.value[k];
-    }
-  }
-
-  __device__ __forceinline__ void add(const GradientTile& tile, int count) {
-#pragma unroll 2
-    for (int j = 0; j < count; ++j) {
-      const Pack<float, 4> a = load<4>(&tile.coefficient[j][cell]), u = load<4>(&tile.words[j][channel]);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) value[c][k] = multiply_add(a.value[k], u.value[c], value[c][k]);
-      }
-    }
-  }
-
-  template <class T>
-  __device__ void write(const SimilarityBackwardCall& backward, int sample, int first, int first_channel) const {
-    const int cells = backward.forward.cells, channels = backward.forward.channels;
-    T* out = static_cast<T*>(backward.grad_visual) + int64_t(sample) * cells * channels;
-    const int length = backward.channels_first ? cells : channels;  // of the contiguous axis
-    const int outer = backward.channels_first ? first_channel + channel : first + cell;
-    const int inner = backward.channels_first ? first + cell : first_channel + channel;
-#pragma unroll
-    for (int o = 0; o < 4; ++o) {
-      if (outer + o >= (backward.channels_first ? channels : cells)) continue;
-      Pack<T, 4> four;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) four.value[i] = from_float<T>(backward.channels_first ? value[o][i] : value[i][o]);
-      T* to = out + int64_t(outer + o) * length + inner;
-      if (length % 4 == 0) {
-        if (inner < length) store<4>(to, four);
-      } else {
-        for (int i = 0; i < 4; ++i) {
-          if (inner + i < length) to[i] = four.value[i];
-        }
-      }
-    }
-  }
-};
-
-// The gradient of eight unit words in two channels, summed over a share of the cells.
-struct WordGradient {
-  float value[kWordGroup][2] = {};
-  int group, share, shares, channel;
-
-  __device__ WordGradient(int count) {
-    const int groups = count > 0 ? padded(count) / kWordGroup : 1;
-    shares = kSimilarityThreads / kWarp / groups;
-    group = threadIdx.x / kWarp % groups;
-    share = threadIdx.x / kWarp / groups;
-    channel = threadIdx.x % kWarp;
-  }
-
-  __device__ __forceinline__ void add(const GradientTile& tile) {
-    if (share >= shares) return;
-#pragma unroll 1
-    for (int cell = share * 4; cell < kBlockCells; cell += shares * 4) {
-      const Pack<float, 4> v = load<4>(&tile.features[channel][feature_column(channel, cell)]);
-      const Pack<float, 4> w = load<4>(&tile.features[channel + kWarp][feature_column(channel + kWarp, cell)]);
-#pragma unroll
-      for (int j = 0; j < kWordGroup; ++j) {
-        const Pack<float, 4> a = load<4>(&tile.coefficient[group * kWordGroup + j][cell]);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          value[j][0] = multiply_add(a.value[k], v.value[k], value[j][0]);
-          value[j][1] = multiply_add(a.value[k], w.value[k], value[j][1]);
-        }
-      }
-    }
-  }
-
-  // The sum of all shares, one after the other: tile.features[word][channel]. Begins and ends with a barrier.
-  __device__ void combine(GradientTile& tile) const {
-    for (int turn = 0; turn < shares; ++turn) {
-      __syncthreads();
-      if (turn != share) continue;
-#pragma unroll
-      for (int j = 0; j < kWordGroup; ++j) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          float& sum = tile.features[group * kWordGroup + j][channel + k * kWarp];
-          sum = turn == 0 ? value[j][k] : sum + value[j][k];
-        }
-      }
-    }
-    __syncthreads();
-  }
-};
+static_assert(2 * (sizeof(GradientShared<float, BestWordGradient>) + 1024) <= 164 * 1024, "two blocks on sm_80, which takes 1 KB of each");
 
 __device__ inline void store_element(void* data, Type type, int64_t offset, float value) {
   switch (type) {
@@ -175,36 +29,54 @@ __device__ inline void store_element(void* data, Type type, int64_t offset, floa
   }
 }
 
-// Adds up the parts of a sample's words, and goes through their normalisation. A warp takes one word after the other.
+// Adds up the parts of a sample's words, and goes through their normalisation. A warp takes one word after the other, and
+// a lane several channels at once: one by one, it would wait for each.
 __device__ inline void finish_words(const SimilarityBackwardCall& backward, const SimilarityScratch& scratch, int sample) {
+  constexpr int kAtOnce = 8;
   const SimilarityCall& call = backward.forward;
-  const int64_t words = call.words, channels = call.channels, parts = backward.parts;
+  const int64_t words = call.words, channels = call.channels;
   for (int word = threadIdx.x / kWarp; word < words; word += kSimilarityThreads / kWarp) {
     const bool real = call.is_word(sample, word);
     const float norm = real ? scratch.inverse_norm[sample * words + word] : 0.0f;
-    auto sum = [&](int channel) {
-      float total = 0;
-      for (int part = 0; part < parts; ++part) total += __ldcg(&scratch.sum[((sample * parts + part) * words + word) * channels + channel]);
-      return total;
+    const auto visit = [&](auto f) {  // f(channel, sum, number of the unit word)
+      for (int64_t first = threadIdx.x % kWarp; first < channels; first += kAtOnce * kWarp) {
+        float sum[kAtOnce] = {}, unit[kAtOnce] = {};
+        if (real && call.normalize) {
+          with_float_type(call.text.type, call.text.data, [&](auto text) {
+            text += sample * call.text.sample_stride + word * call.text.row_stride;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              if (first + i * kWarp < channels) unit[i] = to_float(text[(first + i * kWarp) * call.text.column_stride]);
+            }
+          });
+        }
+        for (int64_t part = 0; real && part < backward.parts; ++part) {
+          const float* from = scratch.sum + ((sample * backward.parts + part) * words + word) * channels + first;
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) sum[i] += first + i * kWarp < channels ? __ldcg(from + i * kWarp) : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first + i * kWarp < channels) f(first + i * kWarp, sum[i], unit[i] * norm);
+        }
+      }
     };
     float along = 0;
-    for (int c = threadIdx.x % kWarp; real && call.normalize && c < channels; c += kWarp) {
-      along = multiply_add(sum(c), unit_word(call, scratch, sample, word, c), along);
-    }
+    if (real && call.normalize) visit([&](int64_t, float sum, float unit) { along = multiply_add(sum, unit, along); });
     along = warp_sum(along);
-    for (int c = threadIdx.x % kWarp; c < channels; c += kWarp) {
-      float gradient = real ? sum(c) : 0.0f;
-      if (real && call.normalize) gradient = norm * (gradient - along * unit_word(call, scratch, sample, word, c));
-      store_element(backward.grad_text, call.text.type, (sample * words + word) * channels + c, gradient);
-    }
+    visit([&](int64_t channel, float sum, float unit) {
+      const float gradient = real && call.normalize ? norm * (sum - along * unit) : sum;
+      store_element(backward.grad_text, call.text.type, (sample * words + word) * channels + channel, gradient);
+    });
   }
 }
 
 // Blocks of a sample: word blocks x parts x channel blocks. With more than kTileWords words the first word block's
 // blocks write the cells' gradients, from all words, and every word block sums those of its own words.
-template <class T>
+template <class T, class Way>
 __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(SimilarityBackwardCall backward, SimilarityScratch scratch) {
-  AML_DYNAMIC_SHARED(GradientShared<T>, shared);
+  using Shared = GradientShared<T, Way>;
+  AML_DYNAMIC_SHARED(Shared, shared);
   GradientTile& tile = shared->tile;
   const SimilarityCall& call = backward.forward;
   const int word_blocks = backward.word_blocks, parts = backward.parts;
@@ -217,10 +89,11 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
 
   const int tiles = call.blocks_of(kBlockCells), share = (tiles + parts - 1) / parts;
   const int first_tile = part * share, last_tile = min(first_tile + share, tiles);
-  const int own_count = list_words(call, sample, own * kTileWords, tile.index);
-  WordGradient word_gradient(own_count);
   FeatureBlock<T> features(call, sample);
   if (first_tile < last_tile) features.fetch(shared->raw, first_tile * kBlockCells, channel);
+  const unsigned own_words = list_words(call, sample, own * kTileWords, tile.index);
+  const int own_count = __popc(own_words);
+  Way way(call, scratch, sample, own_count, shared->way);
   for (int t = first_tile; t < last_tile; ++t) {
     const int first = t * kBlockCells;
     commit_copies();
@@ -228,28 +101,32 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_gradients(Si
     __syncthreads();  // the tile is done with, and the next features are here
     if (word_blocks > 1) list_words(call, sample, own * kTileWords, tile.index);
     if (own == 0 && (t == first_tile || word_blocks > 1)) stage_words(call, scratch, sample, channel, own_count, tile);
-    stage_coefficients(call, scratch, sample, first, own_count, tile);
+    way.stage(tile, first, own * kTileWords, own_words);
+    if (threadIdx.x < kBlockCells) {
+      const int cell = first + int(threadIdx.x);
+      tile.along[threadIdx.x] = cell < call.cells ? scratch.along[int64_t(sample) * call.cells + cell] : 0.0f;
+    }
     features.put(shared->raw, first, tile.features);
     __syncthreads();
     if (t + 1 < last_tile) features.fetch(shared->raw, first + kBlockCells, channel);
-    if (own_count > 0) word_gradient.add(tile);
+    if (own_count > 0) way.add_to_words(tile);
     if (own > 0) continue;
     FeatureGradient gradient(tile);
-    gradient.add(tile, own_count);
+    way.add_to_features(gradient, tile, own_count);
     for (int w = 1; w < word_blocks; ++w) {
       __syncthreads();
-      const int count = list_words(call, sample, w * kTileWords, tile.index);
-      stage_words(call, scratch, sample, channel, count, tile);
-      stage_coefficients(call, scratch, sample, first, count, tile);
+      const unsigned others = list_words(call, sample, w * kTileWords, tile.index);
+      stage_words(call, scratch, sample, channel, __popc(others), tile);
+      way.stage(tile, first, w * kTileWords, others);
       __syncthreads();
-      gradient.add(tile, count);
+      way.add_to_features(gradient, tile, __popc(others));
     }
-    gradient.template write<T>(backward, sample, first, channel);
+    gradient.template write<T>(backward, sample, first, channel, tile);
   }
 
-  word_gradient.combine(tile);
-  const int own_listed = word_blocks == 1 ? own_count : list_words(call, sample, own * kTileWords, tile.index);
-  for (int i = threadIdx.x; i < own_listed * kBlockChannels; i += kSimilarityThreads) {
+  way.combine(tile, own_count);
+  if (word_blocks > 1) list_words(call, sample, own * kTileWords, tile.index);
+  for (int i = threadIdx.x; i < own_count * kBlockChannels; i += kSimilarityThreads) {
     const int j = i / kBlockChannels, c = i % kBlockChannels;
     if (channel + c < call.channels) {
       scratch.sum[((int64_t(sample) * parts + part) * call.words + tile.index[j]) * call.channels + channel + c] = tile.features[j][c];
@@ -274,8 +151,13 @@ cudaError_t launch_similarity_backward(const SimilarityBackwardCall& call, const
   const int64_t tiles = call.samples * call.forward.blocks_of(kTileCells);
   const cudaError_t error = AML_LAUNCH(dim3(unsigned(tiles)), threads, 0, stream, similarity_coefficients<T>, call, scratch);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = call.samples * call.word_blocks * call.parts * call.channel_blocks;
-  return AML_LAUNCH(dim3(unsigned(blocks)), threads, sizeof(GradientShared<T>), stream, similarity_gradients<T>, call, scratch);
+  const dim3 blocks(unsigned(call.samples * call.word_blocks * call.parts * call.channel_blocks));
+  if (call.forward.softmax) {
+    using Way = AllWordsGradient;
+    return AML_LAUNCH(blocks, threads, sizeof(GradientShared<T, Way>), stream, similarity_gradients<T, Way>, call, scratch);
+  }
+  using Way = BestWordGradient;
+  return AML_LAUNCH(blocks, threads, sizeof(GradientShared<T, Way>), stream, similarity_gradients<T, Way>, call, scratch);
 }
 
 }  // namespace aml::cuda

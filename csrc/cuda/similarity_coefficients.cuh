@@ -56,17 +56,16 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
   const int tiles = call.blocks_of(kTileCells), sample = int(blockIdx.x) / tiles, words = call.words;
   const int64_t cells = call.cells;
   const int first = int(blockIdx.x) % tiles * kTileCells, cell = first + int(threadIdx.x);
-  const bool has_cell = threadIdx.x < kTileCells && cell < cells;
   // With softmax, [words] x cells apart. Found anew where it is used: kept, it would cost registers in the comparison.
   const auto products = [&] { return scratch.coefficient + int64_t(sample) * words * cells + cell; };
   float norm = 0;
   BestWord best;
   for (int word = 0; word < words; word += kTileWords) {
     const int count = compare_words<T>(call, sample, first, word, tile);
-    if (has_cell && count > 0) {
+    if (threadIdx.x < kTileCells && count > 0) {  // whether there is a cell or not
       norm = inverse_norm_of_cell(call, tile.square(threadIdx.x));
       best.update(call, tile, count, norm);
-      for (int j = 0; call.softmax && j < count; ++j) products()[tile.index[j] * cells] = tile.product(j, threadIdx.x);
+      for (int j = 0; call.softmax && cell < cells && j < count; ++j) products()[tile.index[j] * cells] = tile.product(j, threadIdx.x);
     }
     if (first == 0 && int(threadIdx.x) < count) {
       scratch.inverse_norm[int64_t(sample) * words + tile.index[threadIdx.x]] = call.normalize ? tile.inverse_norm[threadIdx.x] : 1.0f;
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kSimilarityThreads, 2) similarity_coefficients
     __syncthreads();  // the tile's memory is free again
   }
   if (first == 0 && threadIdx.x == 0) scratch.done[sample] = 0;
-  if (!has_cell) return;
+  if (threadIdx.x >= kTileCells || cell >= cells) return;
 
   const int64_t at = sample * cells + cell;
   const float grad = best.word < 0 ? 0.0f : backward.grad[at];

@@ -86,8 +86,24 @@ EMULATION_HIDDEN T shuffle(unsigned mask, T value, unsigned source, std::source_
   return value;
 }
 
-// mma.m16n8k16: sum += a b, where a lane holds two numbers of T in each register. Added up one after the other here, and
-// in an order and with a rounding of its own by a tensor core.
+// sum + the products, as tensor cores add up: what is more than 24 bits below the largest is cut off, and so is the result
+// (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021; later ones keep a bit or two more).
+EMULATION_HIDDEN float added_by_tensor_core(float sum, const float (&a)[8], const float (&b)[8]) {
+  double terms[9] = {sum}, largest = std::fabs(sum), plain = sum;
+  for (unsigned k = 0; k < 8; ++k) {
+    terms[k + 1] = double(a[k]) * double(b[k]);
+    plain += terms[k + 1];
+    largest = std::fmax(largest, std::fabs(terms[k + 1]));
+  }
+  if (largest == 0 || !std::isfinite(plain)) return float(plain);
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+  double total = 0;
+  for (double term : terms) total += std::trunc(term / unit) * unit;
+  const float rounded = float(total);
+  return std::fabs(rounded) > std::fabs(total) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+// mma.m16n8k16: sum += a b, where a lane holds two numbers of T in each register.
 template <class T>
 EMULATION_HIDDEN void multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&sum)[4], EMULATION_HERE) {
   struct Fragments {
@@ -98,11 +114,13 @@ EMULATION_HIDDEN void multiply(const uint32_t (&a)[4], const uint32_t (&b)[2], f
   const Value* values = exchange(~0u, fragments, at);
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
-    for (unsigned k = 0; k < 16; ++k) {
-      const unsigned quad = k % 8 / 2;
-      const T left = of_lane<Fragments>(values, row % 8 * 4 + quad).a[row / 8 + k / 8 * 2][k % 2];
-      const T right = of_lane<Fragments>(values, column * 4 + quad).b[k / 8][k % 2];
-      sum[i] = __builtin_fmaf(float(left), float(right), sum[i]);
+    for (unsigned half = 0; half < 2; ++half) {
+      float left[8], right[8];
+      for (unsigned k = 0; k < 8; ++k) {
+        left[k] = float(of_lane<Fragments>(values, row % 8 * 4 + k / 2).a[row / 8 + half * 2][k % 2]);
+        right[k] = float(of_lane<Fragments>(values, column * 4 + k / 2).b[half][k % 2]);
+      }
+      sum[i] = added_by_tensor_core(sum[i], left, right);
     }
   }
 }
