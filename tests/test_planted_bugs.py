@@ -59,14 +59,18 @@ BUGS = {
         "__syncthreads();  // the tile is done with, and the next features are here", "",
         "races", "similarity of rows that begin anywhere, bf16", RACE,
     ),
+    "gradients where features are still read": Bug(
+        "similarity", "similarity_gradient_tile.cuh", "__syncthreads();  // the features are done with", "",
+        "races", "similarity of rows that begin anywhere, fp32", RACE,
+    ),
     "copies into memory that is still read": Bug(
         "similarity", "comparison.cuh", "__syncwarp();  // this step's features are here, and the words and the "
         "features before are done with", "", "plain", "similarity of rows that begin anywhere, bf16", WRONG,
     ),
     "copy beyond the end of a tensor": Bug(
         "similarity", "comparison_features.cuh", "const bool followed = channel + row + 1 < call_.channels",
-        "const bool followed = channel + row < call_.channels", "bounds", "similarity of rows that begin anywhere, fp32",
-        "AddressSanitizer: heap-buffer-overflow",
+        "const bool followed = channel + row < call_.channels", "bounds",
+        "similarity of rows that begin anywhere, fp32", "AddressSanitizer: heap-buffer-overflow",
     ),
     "histogram without atomics": Bug(
         "quantile", "selection.cuh", "atomicAdd(&s.bins[other >> shift & digit], 1u);",

@@ -15,11 +15,13 @@ template <class T>
 class FragmentProducts {
  public:
   using Step = StepFeatures<T>;
+
   // For the words index[0 ... count - 1].
   __device__ FragmentProducts(const SimilarityCall& call, int sample, const int32_t* index, int count, const WarpFeatures<T>& features)
-      : call_(call), index_(index), count_(count), text_(static_cast<const char*>(call.text.data) + sample * call.text.sample_stride * bytes_of(call.text.type)) {
+      : call_(call), index_(index), count_(count),
+        text_(static_cast<const char*>(call.text.data) + sample * call.text.sample_stride * bytes_of(call.text.type)) {
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) offset_[t] = word_of(t) * int(call.text.row_stride);
+    for (int t = 0; t < kTiles; ++t) offset_[t] = int(unsigned(word_of(t)) * unsigned(call.text.row_stride));
 #pragma unroll
     for (int k = 0; k < 2; ++k) corner_[k] = kept((2 * quad() + k) * kRowCells + features.shift(2 * quad() + k) + group());
   }
@@ -190,8 +192,8 @@ class FragmentProducts {
   const int32_t* index_;
   const int count_;
   int corner_[2];  // where the lane's first cell stands in a step, in its first two channels
-  const void* text_;    // of the sample
-  int offset_[kTiles];    // of the lane's words, where they are packed
+  const void* text_;  // of the sample
+  int offset_[kTiles];  // of the lane's words, where they are packed
   uint32_t words_[kTiles][2] = {};
   float dot_[2][kTiles][4] = {}, square_[4] = {}, word_square_[kTiles] = {};
 };

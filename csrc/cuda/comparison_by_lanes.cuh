@@ -106,7 +106,6 @@ class LaneProducts {
   }
 
  private:
-
   static_assert(Step::kChannels == kPart, "a step is a part");
 
   // The lane's cell.
