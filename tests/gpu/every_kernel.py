@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
     most_cells: int  #: of a map that aml_loss computes: for one of 17030 racecheck takes four seconds
     strided: tuple[bool, ...]
     features: tuple[tuple, ...]  #: channels, rows and columns; words
+    words: dict[torch.dtype, torch.dtype]  #: of another type, for features of these
     lengths: tuple[int, ...]  #: of samples to select from
     blocks: tuple[int, ...]  #: sides of regions
 
@@ -44,6 +45,7 @@ INPUTS = {
         most_cells=4096,
         strided=(False, True),
         features=(((37, 5, 7), 6), ((64, 16, 16), 20), ((96, 9, 33), 77)),
+        words={BF16: F32, F16: BF16},
         lengths=(1, 49, 5000, 70_001),
         blocks=(1, 16, 32),
     ),
@@ -56,6 +58,7 @@ INPUTS = {
         most_cells=1 << 20,
         strided=(False,),
         features=(((37, 5, 7), 6), ((96, 9, 33), 77)),
+        words={},
         lengths=(49, 70_001, 300_001),
         blocks=(1, 32),
     ),
@@ -96,6 +99,9 @@ def similarities(backend: str, device: str) -> None:
         leaves = [on(device, x).requires_grad_() for x in (visual, text)]
         mask = None if strided else on(device, mask)
         aml_kernels.pixel_text_similarity(*leaves, mask, softmax=softmax, backend=backend).sum().backward()
+        if dtype in given.words:
+            others = leaves[0], leaves[1].to(given.words[dtype])
+            aml_kernels.pixel_text_similarity(*others, mask, softmax=softmax, backend=backend).sum().backward()
 
 
 def selections(backend: str, device: str) -> None:
