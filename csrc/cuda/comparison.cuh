@@ -41,7 +41,8 @@ __device__ inline unsigned list_words(const SimilarityCall& call, int sample, in
 
 // Goes through a warp's channels, from `channel` on, and writes its sums. Begins where the tile is free, ends with a barrier.
 template <class T, class Products>
-__device__ __forceinline__ void run_pipeline(const SimilarityCall& call, int channel, WarpFeatures<T>& features, Products& products, ComparisonTile& tile) {
+__device__ __forceinline__ void run_pipeline(const SimilarityCall& call, int channel, WarpFeatures<T>& features,
+                                             Products& products, ComparisonTile& tile) {
   using Step = StepFeatures<T>;
   constexpr int kStride = WarpFeatures<T>::kStride;
   const int warp = threadIdx.x / kWarp;

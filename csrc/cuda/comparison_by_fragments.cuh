@@ -17,7 +17,8 @@ class FragmentProducts {
   using Step = StepFeatures<T>;
 
   // For the words index[0 ... count - 1].
-  __device__ FragmentProducts(const SimilarityCall& call, int sample, const int32_t* index, int count, const WarpFeatures<T>& features)
+  __device__ FragmentProducts(const SimilarityCall& call, int sample, const int32_t* index, int count,
+                              const WarpFeatures<T>& features)
       : call_(call), index_(index), count_(count),
         text_(static_cast<const char*>(call.text.data) + sample * call.text.sample_stride * bytes_of(call.text.type)) {
 #pragma unroll
@@ -88,14 +89,16 @@ class FragmentProducts {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int first = channel + i * 8 + 2 * quad();
-      words_[t][i] = whole ? bit_cast<uint32_t>(load_input<2>(static_cast<const uint16_t*>(text_) + (offset_[t] + first))) : up_to_two(t, first);
+      const uint16_t* from = static_cast<const uint16_t*>(text_) + (offset_[t] + first);
+      words_[t][i] = whole ? bit_cast<uint32_t>(load_input<2>(from)) : up_to_two(t, first);
     }
   }
 
   // Two channels of a word; zero where there are none.
   __device__ __forceinline__ uint32_t up_to_two(int t, int channel) const {
-    const uint16_t* from = static_cast<const uint16_t*>(text_) + word_of(t) * call_.text.row_stride + channel * call_.text.column_stride;
-    return (channel < call_.channels ? from[0] : 0u) | (channel + 1 < call_.channels ? uint32_t(from[call_.text.column_stride]) << 16 : 0u);
+    const int64_t step = call_.text.column_stride;
+    const uint16_t* from = static_cast<const uint16_t*>(text_) + word_of(t) * call_.text.row_stride + channel * step;
+    return (channel < call_.channels ? from[0] : 0u) | (channel + 1 < call_.channels ? uint32_t(from[step]) << 16 : 0u);
   }
 
   // A lane's numbers of the cells 0 to 15 or 16 to 31, for multiply().

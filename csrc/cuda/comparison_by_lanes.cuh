@@ -74,7 +74,8 @@ class LaneProducts {
   using Words = float[kTileWords][kPart + 4];  // of a warp, in shared memory
 
   // For the words index[0 ... count - 1].
-  __device__ LaneProducts(const SimilarityCall& call, int sample, const int32_t* index, int count, const WarpFeatures<float>& features, Words& words)
+  __device__ LaneProducts(const SimilarityCall& call, int sample, const int32_t* index, int count,
+                          const WarpFeatures<float>& features, Words& words)
       : along_channels_(call.reading == Reading::channels), count_(count), words_(words), word_(call, sample, index, count) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) shift_[c] = features.shift(c);

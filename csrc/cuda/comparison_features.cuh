@@ -99,7 +99,8 @@ class WarpFeatures {
   // A pack may begin before its row, and end behind it where another follows: what it holds of other cells is not used.
   __device__ __forceinline__ void copy_to_end(Step& step, int channel, int row, int pack, const T* from) const {
     const bool followed = channel + row + 1 < call_.channels && call_.channel_stride >= kWidth;
-    copy_pack(&step.along_cells[row][pack * kWidth], from, followed ? kWidth : channel + row < call_.channels ? call_.cells - cell_of(row, pack) : 0);
+    const int left = channel + row < call_.channels ? call_.cells - cell_of(row, pack) : 0;
+    copy_pack(&step.along_cells[row][pack * kWidth], from, followed ? kWidth : left);
   }
 
   // A lane copies one of two packs of two cells.
@@ -109,7 +110,8 @@ class WarpFeatures {
     for (int i = 0; i < 2; ++i) {
       const int cell = lane() / 2 + i * 16;
       if (first_ + cell >= last_) break;
-      copy_pack(step.along_channels[cell][Step::place(cell, pack)], from_ + i * 16 * call_.visual.column_stride, call_.channels - channel - pack * kWidth);
+      copy_pack(step.along_channels[cell][Step::place(cell, pack)], from_ + i * 16 * call_.visual.column_stride,
+                call_.channels - channel - pack * kWidth);
     }
   }
 
@@ -124,7 +126,7 @@ class WarpFeatures {
 
   const SimilarityCall& call_;
   const T* data_;
-  const T *from_ = nullptr, *more_ = nullptr;  // what a lane copies first, and the one pack more, in the next step
+  const T *from_ = data_, *more_ = data_;  // what a lane copies first, and the one pack more, in the next step
   const int first_, last_, whole_end_;
   enum { kPacks = 1, kOneMore = 2 };
   int takes_ = 0;  // which of both a lane copies, along the cells

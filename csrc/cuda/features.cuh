@@ -41,7 +41,7 @@ struct SimilarityCall {
 
   // False if a sample has more cells, words or channels than an int counts.
   bool prepare() {
-    constexpr int64_t most = (int64_t(1) << 31) - 2 * kBlockCells;
+    constexpr int64_t most = (int64_t(1) << 31) - 1024;  // with room to look a few steps ahead
     if (visual.rows * visual.columns > most || text.rows > most || channel_count > most) return false;
     channels = int(channel_count), words = int(text.rows), columns = int(visual.columns);
     cells = int(visual.rows * visual.columns);
@@ -49,7 +49,8 @@ struct SimilarityCall {
     reading = widest_reading();
     const int64_t width = text.type == Type::f32 ? 4 : 8;
     text_packed = text.column_stride == 1 && reinterpret_cast<uintptr_t>(text.data) % 16 == 0 &&
-        text.sample_stride % width == 0 && text.row_stride % width == 0 && text.row_stride <= most / text.rows - channel_count;
+        text.sample_stride % width == 0 && text.row_stride % width == 0 &&
+        text.row_stride <= most / text.rows - channel_count;
     return true;
   }
 

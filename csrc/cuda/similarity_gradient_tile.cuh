@@ -45,7 +45,8 @@ struct FeatureGradient {
 
   // By all threads of the block; the tile's features are done with.
   template <class T>
-  __device__ __forceinline__ void write(const SimilarityBackwardCall& backward, int sample, int first, int first_channel, GradientTile& tile) const {
+  __device__ __forceinline__ void write(const SimilarityBackwardCall& backward, int sample, int first, int first_channel,
+                                        GradientTile& tile) const {
     const int cells = backward.forward.cells, channels = backward.forward.channels;
     T* out = static_cast<T*>(backward.grad_visual) + int64_t(sample) * cells * channels;
     const int length = backward.channels_first ? cells : channels;  // of the contiguous axis
@@ -72,7 +73,8 @@ struct FeatureGradient {
  private:
   // Rows of cells that begin anywhere, an element to a lane: by way of shared memory, where a warp has its eight channels.
   template <class T>
-  __device__ __forceinline__ void write_rows(T* out, int first, int first_channel, int cells, int channels, GradientTile& tile) const {
+  __device__ __forceinline__ void write_rows(T* out, int first, int first_channel, int cells, int channels,
+                                             GradientTile& tile) const {
     __syncthreads();  // the features are done with
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
