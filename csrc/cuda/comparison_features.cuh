@@ -63,11 +63,7 @@ class WarpFeatures {
   }
 
   // Which number of a pack is the first cell in that row of a step. Steps begin with a multiple of kWidth channels.
-  __device__ __forceinline__ int shift(int row) const {
-    if (call_.reading != Reading::shifted_cells) return 0;
-    const unsigned begin = unsigned(reinterpret_cast<uintptr_t>(data_) / sizeof(T)) + unsigned(first_);
-    return int((begin + unsigned(row) * unsigned(call_.channel_stride)) % unsigned(kWidth));
-  }
+  __device__ __forceinline__ int shift(int row) const { return shift_in_pack(call_, data_, first_, row); }
 
  private:
   static constexpr int kAcross = kTileCells / kWidth, kRows = kWarp / kAcross;  // packs in a row, rows that a warp copies at once

@@ -92,6 +92,15 @@ __device__ __forceinline__ void copy_pack(T* to, const T* from, int elements) {
   store(to, pack);
 }
 
+// Which number of an aligned pack is cell `first` of a channel; `data` is of a sample. That of channel + a pack's width is
+// the same.
+template <class T>
+__device__ __forceinline__ int shift_in_pack(const SimilarityCall& call, const T* data, int first, int channel) {
+  if (call.reading != Reading::shifted_cells) return 0;
+  const unsigned begin = unsigned(reinterpret_cast<uintptr_t>(data) / sizeof(T)) + unsigned(first);
+  return int((begin + unsigned(channel) * unsigned(call.channel_stride)) % unsigned(16 / sizeof(T)));
+}
+
 // A block of features as they lie in memory: [channel][cell], or [cell][channel] where they are read along the channels.
 // A row has room for one pack more than a block is wide: it may begin within a pack.
 template <class T>
@@ -145,12 +154,8 @@ class FeatureBlock {
     Pack<T> pack[kPacks];
   };
 
-  // Which number of a pack is the first cell in that row of the block. Blocks begin with a multiple of kWidth channels.
-  __device__ __forceinline__ int shift(int first, int row) const {
-    if (call_.reading != Reading::shifted_cells) return 0;
-    const unsigned begin = unsigned(reinterpret_cast<uintptr_t>(data_) / sizeof(T)) + unsigned(first);
-    return int((begin + unsigned(row) * unsigned(call_.channel_stride)) % unsigned(kWidth));
-  }
+  // Blocks begin with a multiple of kWidth channels.
+  __device__ __forceinline__ int shift(int first, int row) const { return shift_in_pack(call_, data_, first, row); }
 
   __device__ __forceinline__ Packs packs(const Raw& raw) const {
     Packs packs;
