@@ -216,15 +216,17 @@ def test_a_sample_without_a_word(backend, name):
     assert "1" in message  # which sample
 
 
-@pytest.mark.parametrize("size", ((8, 10), (4, 5)), ids=("same", "resized"))
+@pytest.mark.parametrize("columns", (10, 12), ids=("odd", "words"))  # four labels to a word
+@pytest.mark.parametrize("resized", (False, True), ids=("same", "resized"))
 @pytest.mark.parametrize("name", ("masked_loss", "aml_loss"))
 @pytest.mark.parametrize("value", (2, 255, 1.25, -0.5, float("nan"), float("inf")), ids=str)
-def test_a_kept_target_outside_its_range(backend, name, size, value):
+def test_a_kept_target_outside_its_range(backend, name, resized, columns, value):
     """An index mask, 0 to 255 or NaN is no target. What is left out may be: see test_masking."""
-    target = torch.zeros(2, 8, 10, dtype=torch.uint8 if isinstance(value, int) else torch.float32)
+    target = torch.zeros(2, 8, columns, dtype=torch.uint8 if isinstance(value, int) else torch.float32)
     target[1, 3, 4] = value
-    call = CALLS[name] | {"logits": normal(0, 2, *size), "target": target, "quantile": None, "backend": backend}
-    call["valid"] = torch.ones(2, 8, 10, dtype=torch.bool)
+    logits = normal(0, 2, 4, 5) if resized else normal(0, 2, 8, columns)
+    call = CALLS[name] | {"logits": logits, "target": target, "quantile": None, "backend": backend}
+    call["valid"] = torch.ones(2, 8, columns, dtype=torch.bool)
     if backend in FOR_GPUS:  # looking would stall the device
         assert getattr(aml_kernels, name)(**here(call | {"reduction": "none"})).isnan().tolist() == [False, True]
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import test_aml_loss
+import test_bad_input
 import test_masked_loss
 import test_masking
 import test_quantile
@@ -21,6 +22,7 @@ for module in (test_quantile, test_similarity, test_masked_loss, test_masking, t
     for name, function in list(vars(module).items()):
         if name.startswith("test_") and "backend" in inspect.signature(function).parameters:
             globals()[f"test_{module.__name__.removeprefix('test_')}_{name.removeprefix('test_')}"] = function
+test_a_kept_target_outside_its_range = test_bad_input.test_a_kept_target_outside_its_range
 
 
 @pytest.fixture(scope="module", params=[pytest.param("triton", id="cuda")])

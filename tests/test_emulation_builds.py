@@ -94,6 +94,7 @@ CASES = {
     "loss of packed rows, some not valid": lambda b: loss(b, BF16, (24, 32), (24, 32), layouts=("contiguous",)),
     "loss of any strides": lambda b: loss(b, F16, (21, 33), (21, 33)),
     "loss of small logits": lambda b: loss(b, BF16, (9, 11), (34, 42)),
+    "loss of small logits beside packed rows": lambda b: loss(b, BF16, (9, 11), (34, 44), layouts=("contiguous",)),
     "loss of large logits": lambda b: loss(b, F32, (40, 37), (17, 23), threshold=0.1, quantile=None),
     "loss by a long map": lambda b: loss(b, F32, (40, 72), (40, 72), map=(130, 131)),
     "loss of samples each": lambda b: loss(

@@ -12,7 +12,7 @@ ROOT = machine_code.ROOT
 #: Fewest 128-bit loads and stores of a kernel: one for each that its source issues at once for what it streams.
 STREAMING = {
     r"aml_loss_forward<\w+, Direct<\w+, \w+>>": (5 + 2, 0),  # features, and rows of packed logits
-    r"aml_loss_forward<\w+, General>": (5, 0),
+    r"aml_loss_forward<\w+, (Resized|General)>": (5, 0),
     r"masked_loss_forward<Direct<\w+, \w+>, .*>": (2, 0),
     r"masked_loss_backward_pixels<Direct<\w+, \w+>>": (2, 1),
     r"similarity_(forward|coefficients)<\w+>": (5, 0),  # two packs of cells and one more, two packs of channels
@@ -21,8 +21,8 @@ STREAMING = {
     r"quantile_by_(block|team)<\w+>": (2, 0),
     r"filter_image_regions": (4, 4),  # elements of 1, 2, 4 and 8 bytes
 }
-#: Any strides, any size: read element by element, through the cache.
-ELEMENTWISE = r"masked_loss_(forward|backward_pixels)<General.*>|masked_loss_backward_gather"
+#: Any strides, any size: read by one element, or four labels, through the cache.
+ELEMENTWISE = r"masked_loss_(forward<(Resized|General), \w+>|backward_pixels<General>|backward_gather<\w+>)"
 
 pytestmark = pytest.mark.skipif(machine_code.missing() is not None, reason=str(machine_code.missing()))
 

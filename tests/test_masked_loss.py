@@ -32,6 +32,12 @@ SIZES = {
     "one row": ((1, 9), (1, 70)),
     "wide": ((3, 130), (12, 517)),  # more than one vector, and a rest
 }
+# The same, where a target of bytes lies packed: a GPU reads four labels at once.
+WORDS = {
+    "quarter": ((13, 9), (52, 36)), "larger": ((48, 40), (17, 24)), "rows alone": ((9, 24), (30, 24)),
+    "one cell": ((1, 1), (5, 8)), "one row": ((1, 9), (1, 72)), "wide": ((3, 130), (12, 516)),
+    "tall": ((30, 3), (133, 8)),
+}
 MAPS = {
     "coarse": (5, 7), "fine": (60, 71), "same": (52, 36), "one cell": (1, 1), "down and up": (80, 3),
     "long": (130, 131),  # on a GPU several blocks select from it
@@ -93,6 +99,17 @@ def test_sizes_and_types(backend, sizes, dtype):
     inputs = loss_inputs(logits=logits, target=target, dtype=dtype)
     for grad in (None, torch.tensor(-2.5)):
         check(backend, inputs, quantile=0.3, class_weight=(0.9, 1.1), protect_target=True, grad=grad, what=sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", WORDS)
+def test_labels_in_words(backend, sizes, dtype):
+    logits, target = WORDS[sizes]
+    for kind, map_size, masks in (("uint8", (5, 7), False), ("bool", target, True)):
+        inputs = loss_inputs(
+            logits=logits, target=target, dtype=dtype, kind=kind, map=map_size, layouts=("contiguous",),
+        )
+        check(backend, inputs, masks=masks, quantile=0.3, class_weight=(0.9, 1.1), protect_target=masks, what=sizes)
 
 
 @pytest.mark.parametrize("size", ("same", "quarter", "larger"))

@@ -4,13 +4,19 @@ import pytest
 import torch
 from helpers import coin, kept_pixels, loss_inputs, normal, same_bits
 
-from aml_kernels import masked_loss
+from aml_kernels import masked_loss, reference
 
 SIZES = {
     "same": ((24, 33), (24, 33)), "quarter": ((13, 9), (52, 36)), "larger": ((48, 40), (17, 23)),
-    "wider": ((24, 9), (24, 33)),
+    "wider": ((24, 9), (24, 33)), "words": ((13, 9), (52, 36)),  # four labels to a word, of packed rows
 }
 GARBAGE = (torch.nan, torch.inf, -torch.inf, 3e38)
+
+
+def inputs_of(size, **options):
+    logits, target = SIZES[size]
+    layouts = {"layouts": ("contiguous",)} if size == "words" else {}
+    return loss_inputs(logits=logits, target=target, **layouts, **options)
 
 
 def run(backend, inputs, **options):
@@ -41,15 +47,16 @@ def test_garbage_in_left_out_pixels_changes_nothing(backend, dtype, garbage):
     assert keep.any() and (~keep).any() and not actual[1][~keep].any()
 
 
-@pytest.mark.parametrize("size", ("quarter", "larger", "wider"))
+@pytest.mark.parametrize("size", ("quarter", "larger", "wider", "words"))
 @pytest.mark.parametrize("garbage", GARBAGE, ids=str)
 def test_garbage_in_cells_of_left_out_pixels_changes_nothing(backend, garbage, size):
     """Logits of another size: a cell that only left-out pixels take a share of. A share of zero is none."""
     logits, target = SIZES[size]
-    inputs = loss_inputs(logits=logits, target=target) | {"similarity": None, "map_valid": None}
+    inputs = inputs_of(size) | {"similarity": None, "map_valid": None}
     first, last = target[0] // 3, 2 * (target[0] - 1) // 3  # the rows that count; `last` may fall on a row of cells
     row = torch.arange(target[0])[:, None]
-    inputs["valid"] = ((first <= row) & (row <= last)).expand_as(inputs["valid"])
+    valid = ((first <= row) & (row <= last)).expand_as(inputs["valid"])
+    inputs["valid"] = valid.contiguous() if size == "words" else valid
     cells = slice(first * (logits[0] - 1) // (target[0] - 1), -(-last * (logits[0] - 1) // (target[0] - 1)) + 1)
     touched = torch.zeros(logits, dtype=torch.bool)
     touched[cells] = True
@@ -59,9 +66,10 @@ def test_garbage_in_cells_of_left_out_pixels_changes_nothing(backend, garbage, s
     assert not touched.all() and not actual[1][:, ~touched].any() and actual[1][:, touched].any()
 
 
-def test_ignore_label_of_uint8_targets(backend):
+@pytest.mark.parametrize("size", ("same", "words"))
+def test_ignore_label_of_uint8_targets(backend, size):
     """255 for "no label" is left out by `valid`, and is no target in the statistics either."""
-    inputs = loss_inputs()
+    inputs = inputs_of(size)
     valid = inputs["valid"]
     expected = run(backend, inputs, quantile=0.3, protect_target=True)
     dirty = inputs | {"target": inputs["target"].where(valid, torch.tensor(255, dtype=torch.uint8))}
@@ -77,8 +85,7 @@ def test_ignore_label_of_uint8_targets(backend):
 @pytest.mark.parametrize("kind", ("uint8", "soft"))
 @pytest.mark.parametrize("size", SIZES)
 def test_ways_to_keep_everything(backend, size, kind):
-    logits, target = SIZES[size]
-    inputs = loss_inputs(logits=logits, target=target, kind=kind) | {"valid": None, "map_valid": None}
+    inputs = inputs_of(size, kind=kind) | {"valid": None, "map_valid": None}
     expected = run(backend, inputs)
     everything, cells = torch.ones_like(inputs["target"], dtype=torch.bool), torch.ones(3, 5, 7, dtype=torch.bool)
     for options in (
@@ -103,8 +110,7 @@ def test_quantile_zero_keeps_everything_of_any_map(backend):
 @pytest.mark.parametrize("size", SIZES)
 def test_keeping_nothing(backend, size):
     """Loss 0 and gradient 0, for that sample only."""
-    logits, target = SIZES[size]
-    inputs = loss_inputs(logits=logits, target=target)
+    inputs = inputs_of(size)
     inputs["logits"][1] = torch.nan
     none = torch.tensor([0.0, 1e30, 0.0])
     loss, gradient = run(backend, inputs, threshold=none)
@@ -117,7 +123,7 @@ def test_keeping_nothing(backend, size):
     assert loss[1] == 0 and not gradient[1].any() and loss[0] > 0
     assert masked_loss(**inputs, return_stats=True, backend=backend)[1].union[1] == 0
 
-    inputs = loss_inputs(logits=logits, target=target)
+    inputs = inputs_of(size)
     inputs["valid"][:] = False
     for reduction in ("mean", "sum"):
         assert masked_loss(**inputs, quantile=0.2, reduction=reduction, backend=backend) == 0
@@ -144,14 +150,29 @@ def test_map_cells_that_do_not_count_may_hold_anything(backend):
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf, 3e38), ids=str)
 @pytest.mark.parametrize("map_size", [(5, 7), (24, 33), (30, 50), (24, 20), (9, 33)], ids=str)
-def test_maps_that_are_not_finite(backend, map_size, value):
+@pytest.mark.parametrize("size", ("same", "words"))
+def test_maps_that_are_not_finite(backend, size, map_size, value):
     """The mask stays that of the definition, in which NaN, from inf - inf too, reaches no threshold."""
-    inputs = loss_inputs(map=map_size)
+    inputs = inputs_of(size, map=map_size)
     inputs["similarity"][coin(8, 3, *map_size, share=0.1)] = value
     inputs["similarity"][coin(9, 3, *map_size, share=0.1)] = -value
     for options in ({"threshold": -0.5}, {"quantile": 0.3}):
         _, stats = masked_loss(**inputs, **options, return_stats=True, backend=backend)
         assert torch.equal(stats.kept, kept_pixels(**inputs, **options).sum((1, 2)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_that_are_not_finite(backend, size):
+    """Between two equal infinities a pixel is that; between unequal ones, and with a share of none, no number."""
+    inputs = inputs_of(size)
+    for seed, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+        inputs["logits"][coin(seed, *inputs["logits"].shape, share=0.3)] = value
+    _, stats = masked_loss(**inputs, return_stats=True, backend=backend)
+    resized = reference.resize_bilinear(inputs["logits"].cpu(), tuple(inputs["target"].shape[1:]), align_corners=True)
+    predicted, is_target, valid = (resized > 0).to(inputs["target"].device), inputs["target"] > 0, inputs["valid"]
+    assert (resized == torch.inf).any() and (resized == -torch.inf).any() and resized.isnan().any()
+    assert torch.equal(stats.intersection, (predicted & is_target & valid).sum((1, 2)))
+    assert torch.equal(stats.union, ((predicted | is_target) & valid).sum((1, 2)))
 
 
 @pytest.mark.parametrize("kind", ("bool", "uint8", "soft"))
@@ -175,8 +196,7 @@ def test_half_is_no_target(backend):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_permuting_the_batch_permutes_the_result(backend, size):
-    logits, target = SIZES[size]
-    inputs = loss_inputs(batch=5, logits=logits, target=target)
+    inputs = inputs_of(size, batch=5)
     order = torch.tensor([3, 0, 4, 2, 1])
     loss, gradient = run(backend, inputs, quantile=0.3)
     permuted = run(backend, {name: tensor[order] for name, tensor in inputs.items()}, quantile=0.3)
@@ -189,9 +209,8 @@ def test_permuting_the_batch_permutes_the_result(backend, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_inputs_are_not_written_to(backend, size):
-    logits, target = SIZES[size]
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = loss_inputs(logits=logits, target=target, dtype=dtype)
+        inputs = inputs_of(size, dtype=dtype)
         inputs["threshold"] = torch.tensor([0.0, 0.1, 0.2])
         before = {name: (tensor.clone(), tensor._version) for name, tensor in inputs.items()}
         leaf = inputs["logits"].requires_grad_()
@@ -223,8 +242,7 @@ def saved_by(function):
 
 @pytest.mark.parametrize("size", ("same", "quarter"))
 def test_nothing_of_the_size_of_the_target_is_saved(cpu, size):
-    logits, target = SIZES[size]
-    inputs = loss_inputs(logits=logits, target=target)
+    inputs = inputs_of(size)
     inputs["logits"].requires_grad_()
     own = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
     saved = saved_by(lambda: masked_loss(**inputs, quantile=0.3, class_weight=(0.9, 1.1), backend=cpu))

@@ -70,7 +70,7 @@ cudaError_t launch_aml_loss(AmlCall call, void* scratch, cudaStream_t stream) {
   });
 }
 
-// Instantiated in a file for each type of features: the 21 kernels in one would take most of the time of a build.
+// Instantiated in a file for each type of features: the 24 kernels in one would take most of the time of a build.
 extern template int64_t prepare_aml_loss<float>(AmlCall&);
 extern template int64_t prepare_aml_loss<bf16>(AmlCall&);
 extern template int64_t prepare_aml_loss<f16>(AmlCall&);

@@ -23,19 +23,33 @@ inline int cut(PixelCall& call, int item_columns, int64_t warps) {
   return int(divide_up(call.items, kWarp));
 }
 
-// Logits packed at the target's size beside a target and `valid` of packed bytes, a map of packed floats.
+// Whether `columns` neighbouring elements can be loaded at once, wherever a multiple of them begins.
+inline bool is_packed(const PixelCall& call, const Plane& plane, int64_t columns, int64_t bytes) {
+  return plane.column_stride == 1 && reinterpret_cast<uintptr_t>(plane.data) % (columns * bytes) == 0 &&
+      plane.row_stride % columns == 0 && (call.samples == 1 || plane.sample_stride % columns == 0);
+}
+
+// A target and `valid` of packed bytes, a map of packed floats.
+inline bool has_packed_planes(const PixelCall& call, int64_t columns) {
+  const auto packed_bytes = [&](const Plane& plane) { return plane.type == Type::u8 && is_packed(call, plane, columns, 1); };
+  return call.columns % columns == 0 && packed_bytes(call.target) && (!call.valid.data || packed_bytes(call.valid)) &&
+      (!call.similarity.data || (call.similarity.type == Type::f32 &&
+                                 (call.similarity.column_stride == 1 || call.similarity.columns == 1)));
+}
+
+inline bool has_resized_logits(const PixelCall& call) {
+  return call.logits.rows != call.rows || call.logits.columns != call.columns;
+}
+
 template <class Logit>
 bool is_direct(const PixelCall& call) {
   constexpr int kColumns = Direct<Logit, false>::kColumns;
-  const auto packed = [&](const Plane& plane, int64_t bytes) {
-    return plane.column_stride == 1 && reinterpret_cast<uintptr_t>(plane.data) % (kColumns * bytes) == 0 &&
-        plane.row_stride % kColumns == 0 && (call.samples == 1 || plane.sample_stride % kColumns == 0);
-  };
-  return call.logits.rows == call.rows && call.logits.columns == call.columns && call.columns % kColumns == 0 &&
-      packed(call.logits, sizeof(Logit)) && call.target.type == Type::u8 && packed(call.target, 1) &&
-      (!call.valid.data || (call.valid.type == Type::u8 && packed(call.valid, 1))) &&
-      (!call.similarity.data || (call.similarity.type == Type::f32 &&
-                                 (call.similarity.column_stride == 1 || call.similarity.columns == 1)));
+  return !has_resized_logits(call) && has_packed_planes(call, kColumns) && is_packed(call, call.logits, kColumns, sizeof(Logit));
+}
+
+inline bool is_resized(const PixelCall& call) {
+  return has_resized_logits(call) && has_packed_planes(call, Resized::kColumns) &&
+      (call.logits.column_stride == 1 || call.logits.columns == 1);
 }
 
 // Calls f(Way) with the way to read the call's pixels.
@@ -43,7 +57,8 @@ template <class F>
 auto with_way(const PixelCall& call, F f) {
   const auto direct = [&](auto logit) {
     using Logit = decltype(logit);
-    return is_direct<Logit>(call) ? call.valid.data ? f(Direct<Logit, true>()) : f(Direct<Logit, false>()) : f(General());
+    if (is_direct<Logit>(call)) return call.valid.data ? f(Direct<Logit, true>()) : f(Direct<Logit, false>());
+    return is_resized(call) ? f(Resized()) : f(General());
   };
   switch (call.logits.type) {
     case Type::f32: return direct(float());

@@ -11,7 +11,9 @@
 namespace aml::cuda {
 
 constexpr int kGatherThreads = 128;
-constexpr int kChunk = kGatherThreads * General::kColumns;  // columns of the target that are worked on at once
+constexpr int kGatherColumns = General::kColumns;          // of a thread
+static_assert(Resized::kColumns == kGatherColumns, "both ways have the same items");
+constexpr int kChunk = kGatherThreads * kGatherColumns;     // columns of the target that are worked on at once
 constexpr int kTileRows = 8, kTileColumns = kChunk;         // of logits, at most
 
 struct GatherCall : GradientCall {
@@ -34,9 +36,9 @@ struct GatherTile {
   uint32_t start[kTileColumns + 2];      // where the columns of logit c - 1 begin
 
   // Adds `values`, a row of gradients at the chunk's columns, to a row of cells.
-  __device__ __forceinline__ void gather(const float (&values)[General::kColumns], uint32_t chunk, int row, uint32_t columns) {
+  __device__ __forceinline__ void gather(const float (&values)[kGatherColumns], uint32_t chunk, int row, uint32_t columns) {
 #pragma unroll
-    for (int k = 0; k < General::kColumns; ++k) line[threadIdx.x * General::kColumns + k] = values[k];
+    for (int k = 0; k < kGatherColumns; ++k) line[threadIdx.x * kGatherColumns + k] = values[k];
     __syncthreads();
     for (uint32_t c = threadIdx.x; c < columns; c += kGatherThreads) {
       const uint32_t begin = max(start[c], chunk) - chunk, middle = max(start[c + 1], chunk) - chunk;
@@ -50,9 +52,10 @@ struct GatherTile {
   }
 };
 
+template <class Way>
 __global__ void __launch_bounds__(kGatherThreads, 5) masked_loss_backward_gather(const GatherCall call) {
   AML_SHARED(tile, GatherTile);
-  constexpr int kColumns = General::kColumns;
+  constexpr int kColumns = kGatherColumns;
   const uint32_t tiles = call.tiles_down * call.tiles_across;
   const int64_t sample = blockIdx.x / tiles;
   const uint32_t index = blockIdx.x - uint32_t(sample) * tiles, down = index / call.tiles_across;
@@ -86,9 +89,9 @@ __global__ void __launch_bounds__(kGatherThreads, 5) masked_loss_backward_gather
       const int32_t r = logit_row - int32_t(top);
       if (r >= 0 && r < int32_t(rows)) tile.gather(values, chunk, r, columns);
     };
-    General::walk(
+    Way::walk(
         call, sample, Item(first, last, x), call.limit(sample),
-        [&](int k, const Pixel<float>& pixel) { pixels[k] = gradient_of(call, pixel, g); },
+        [&](int k, const auto& pixel) { pixels[k] = gradient_of(call, pixel, g); },
         [&](uint32_t y) {
           const float weight = row.blends(call.logit_rows) ? weight_of(row.part, call.logit_rows) : 0.0f;
 #pragma unroll
@@ -119,7 +122,8 @@ __global__ void __launch_bounds__(kGatherThreads, 5) masked_loss_backward_gather
 }
 
 // One launch, no scratch.
-inline cudaError_t launch_masked_loss_gather(const GradientCall& gradient, cudaStream_t stream) {
+template <class Way>
+cudaError_t launch_masked_loss_gather(const GradientCall& gradient, cudaStream_t stream) {
   GatherCall call{gradient};
   const auto divide_up = [](int64_t a, int64_t b) { return uint32_t((a + b - 1) / b); };
   // About 32 rows of the target for a tile; all its columns, or a chunk of them and what that was blended from.
@@ -130,12 +134,20 @@ inline cudaError_t launch_masked_loss_gather(const GradientCall& gradient, cudaS
       {call.columns <= kChunk ? logit_columns : std::max<int64_t>(fitting, 1), logit_columns, kTileColumns}));
   call.tiles_down = divide_up(logit_rows, call.tile_rows), call.tiles_across = divide_up(logit_columns, call.tile_columns);
   const int64_t blocks = call.samples * call.tiles_down * call.tiles_across;
-  return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kGatherThreads), 0, stream, masked_loss_backward_gather, call);
+  return AML_LAUNCH(dim3(unsigned(blocks)), dim3(kGatherThreads), 0, stream, masked_loss_backward_gather<Way>, call);
 }
 
 inline cudaError_t launch_backward(GradientCall call, cudaStream_t stream) {
-  if (call.logits.rows != call.rows || call.logits.columns != call.columns) return launch_masked_loss_gather(call, stream);
-  return with_way(call, [&](auto way) { return launch_masked_loss_backward<decltype(way)>(call, stream); });
+  return with_way(call, [&](auto way) {
+    using Way = decltype(way);
+    if constexpr (std::is_same_v<Way, Resized>) {
+      return launch_masked_loss_gather<Way>(call, stream);
+    } else if constexpr (std::is_same_v<Way, General>) {
+      return has_resized_logits(call) ? launch_masked_loss_gather<Way>(call, stream) : launch_masked_loss_backward<Way>(call, stream);
+    } else {
+      return launch_masked_loss_backward<Way>(call, stream);
+    }
+  });
 }
 
 }  // namespace aml::cuda

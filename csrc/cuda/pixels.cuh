@@ -1,7 +1,8 @@
 // How threads walk over the pixels of masked_loss, forward and backward. A thread works on an item: kColumns columns of
-// the target by some rows, from top to bottom. There are two ways to read pixels: `Direct`, where logits lie at the
-// target's size in packs of 16 bytes beside a packed bool or uint8 target (and `valid`, if kValid), and `General`, for
-// everything else.
+// the target by some rows, from top to bottom. There are three ways to read pixels: `Direct`, where logits lie at the
+// target's size in packs of 16 bytes beside a packed bool or uint8 target (and `valid`, if kValid); `Resized`, for logits
+// of another size beside such a target, as networks give them that predict at a quarter of the image's resolution; and
+// `General`, for everything else.
 #pragma once
 
 #include <type_traits>
@@ -42,7 +43,7 @@ struct Pixel {
 };
 
 // The map around the current row: a pixel is similar enough if above + weight * step >= limit.
-template <int kColumns, bool kFloatRows>
+template <int kColumns, Rows kRows = Rows::any, bool kKeep = false>
 class SimilarColumns {
  public:
   __device__ __forceinline__ SimilarColumns(const PixelCall& call, int64_t sample, uint32_t y, uint32_t x)
@@ -64,10 +65,26 @@ class SimilarColumns {
   __device__ __forceinline__ bool reaches(int k, float limit) const { return above_[k] + weight_ * step_[k] >= limit; }
 
  private:
-  ResizedColumns<kColumns, kFloatRows> map_;
+  ResizedColumns<kColumns, kRows, kKeep> map_;
   float weight_ = 0;
   float above_[kColumns], step_[kColumns];
 };
+
+// Whether a label is kept that is neither 0 nor 1. For the few items that have one, and so that others need not look.
+__device__ __forceinline__ bool keeps_bad_label(const PixelCall& call, int64_t sample, const Item& item, int columns, bool has_valid, float limit) {
+  const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride;
+  for (uint32_t y = item.first; y < item.last; ++y) {
+#pragma unroll 1
+    for (uint32_t x = item.x; x < item.x + columns; ++x) {
+      if (target[y * call.target.row_stride + x] <= 1) continue;
+      if (has_valid && load_element(call.valid, sample, y, x) == 0) continue;
+      SimilarColumns<1, Rows::packed_floats> similar(call, sample, y, x);
+      similar.next_row(call, limit);
+      if (call.protect_target | similar.reaches(0, limit)) return true;
+    }
+  }
+  return false;
+}
 
 template <class Logit, bool kValid>
 struct Direct {
@@ -87,7 +104,7 @@ struct Direct {
         item.first * call.target.row_stride + item.x;
     const uint8_t* valid = static_cast<const uint8_t*>(call.valid.data);
     if (kValid) valid += sample * call.valid.sample_stride + item.first * call.valid.row_stride + item.x;
-    SimilarColumns<kColumns, true> similar(call, sample, item.first, item.x);
+    SimilarColumns<kColumns, Rows::packed_floats> similar(call, sample, item.first, item.x);
     unsigned all_labels = 0;  // or-ed
 
     for (uint32_t y = item.first; y < item.last; y += kBatch) {
@@ -120,24 +137,67 @@ struct Direct {
         end(y + row);
       }
     }
-    return (all_labels & 0xFEFEFEFEu) != 0 && keeps_bad_label(call, sample, item, limit);
+    return (all_labels & 0xFEFEFEFEu) != 0 && keeps_bad_label(call, sample, item, kColumns, kValid, limit);
   }
+};
 
- private:
-  // Whether a label is kept that is neither 0 nor 1. For the few items that have one, and so that others need not look.
-  static __device__ __forceinline__ bool keeps_bad_label(const PixelCall& call, int64_t sample, const Item& item, float limit) {
-    const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride;
-    for (uint32_t y = item.first; y < item.last; ++y) {
+struct Resized {
+  using Label = bool;
+  static constexpr int kColumns = 4;
+  static constexpr int kBlocksPerProcessor = 2;
+  static constexpr int kAhead = 2;  // rows of labels that are on their way before they are needed
+
+  // Calls pixel() and end() as Direct does.
+  template <class P, class E>
+  static __device__ __forceinline__ bool walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
+    const uint8_t* target = static_cast<const uint8_t*>(call.target.data) + sample * call.target.sample_stride +
+        item.first * call.target.row_stride + item.x;
+    const uint8_t* valid = static_cast<const uint8_t*>(call.valid.data);
+    if (valid) valid += sample * call.valid.sample_stride + item.first * call.valid.row_stride + item.x;
+    const bool inside = item.x < call.columns;  // threads behind the last column have work in a gather
+    unsigned labels[kAhead + 1], exists[kAhead + 1], all_labels = 0;  // four to a word; the last: or-ed
+    const auto load_row = [&](int row, uint32_t y) {
+      labels[row] = 0, exists[row] = inside ? ~0u : 0;
+      if (y >= item.last || !inside) return;
+      labels[row] = __ldg(reinterpret_cast<const unsigned*>(target));
+      target += call.target.row_stride;
+      if (!valid) return;
+      exists[row] = __ldg(reinterpret_cast<const unsigned*>(valid));
+      valid += call.valid.row_stride;
+    };
+#pragma unroll
+    for (int row = 1; row <= kAhead; ++row) load_row(row, item.first + row - 1);
+    ResizedColumns<kColumns, Rows::packed, true> logits(call.logits, call.logit_rows, call.logit_columns, sample, item.first, item.x);
+    SimilarColumns<kColumns, Rows::packed_floats, true> similar(call, sample, item.first, item.x);
+    float above[kColumns], below[kColumns], step[kColumns];
+
 #pragma unroll 1
-      for (uint32_t x = item.x; x < item.x + kColumns; ++x) {
-        if (target[y * call.target.row_stride + x] <= 1) continue;
-        if (kValid && load_element(call.valid, sample, y, x) == 0) continue;
-        SimilarColumns<1, true> similar(call, sample, y, x);
-        similar.next_row(call, limit);
-        if (call.protect_target | similar.reaches(0, limit)) return true;
-      }
+    for (uint32_t y = item.first; y < item.last; ++y) {
+#pragma unroll
+      for (int row = 0; row < kAhead; ++row) labels[row] = labels[row + 1], exists[row] = exists[row + 1];
+      load_row(kAhead, y + kAhead);
+      const float weight = logits.next_row(call.logits, call.logit_rows, [&](int k, float first, float second) {
+        above[k] = first, below[k] = second, step[k] = first == second ? 0.0f : second - first;
+      });
+      similar.next_row(call, limit);
+      all_labels |= labels[0];
+      const unsigned spared = call.protect_target ? labels[0] : 0;
+      const auto row = [&](auto all_exist) {
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) {
+          const unsigned byte = 0xFFu << k * 8;
+          const bool there = decltype(all_exist)::value || (exists[0] & byte) != 0, is_target = there & ((labels[0] & byte) != 0);
+          const bool keep = there & (similar.reaches(k, limit) | ((spared & byte) != 0));
+          // interpolate() of common/resize.h
+          const float least = fminf(above[k], below[k]), product = weight * step[k], value = above[k] + product;
+          pixel(k, Pixel<Label>{value < least ? least : value, is_target, is_target, there, keep});
+        }
+      };
+      const unsigned zeros = (exists[0] - 0x01010101u) & ~exists[0] & 0x80808080u;  // 0 where no byte is
+      zeros == 0 ? row(std::true_type()) : row(std::false_type());
+      end(y);
     }
-    return false;
+    return (all_labels & 0xFEFEFEFEu) != 0 && keeps_bad_label(call, sample, item, kColumns, valid != nullptr, limit);
   }
 };
 
@@ -149,8 +209,8 @@ struct General {
   template <class P, class E>
   static __device__ __forceinline__ bool walk(const PixelCall& call, int64_t sample, const Item& item, float limit, P pixel, E end) {
     const int count = item.x < call.columns ? int(min(uint32_t(kColumns), call.columns - item.x)) : 0;
-    ResizedColumns<kColumns, false> logits(call.logits, call.logit_rows, call.logit_columns, sample, item.first, item.x);
-    SimilarColumns<kColumns, false> similar(call, sample, item.first, item.x);
+    ResizedColumns<kColumns> logits(call.logits, call.logit_rows, call.logit_columns, sample, item.first, item.x);
+    SimilarColumns<kColumns> similar(call, sample, item.first, item.x);
     float above[kColumns], below[kColumns], labels[kColumns], exists[kColumns] = {1, 1, 1, 1};
     bool bad = false;
 

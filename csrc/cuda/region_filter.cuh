@@ -75,7 +75,7 @@ __device__ inline void find_weak(const FilterCall& call, const FilterScratch& sc
     const uint32_t x = uint32_t(item - strip * call.columns), region_row = uint32_t(strip - sample * call.region_rows);
     const uint32_t first = region_row * call.region, last = min(first + call.region, call.rows);
     const float limit = scratch.limit[sample];
-    ResizedColumns<1, false> map(call.similarity, call.map_rows, call.map_columns, sample, first, x);
+    ResizedColumns<1> map(call.similarity, call.map_rows, call.map_columns, sample, first, x);
     float above = 0, below = 0;
     uint32_t flags = 0;
     for (uint32_t y = first; y < last; ++y) {

@@ -73,10 +73,14 @@ __device__ __forceinline__ float weight_of(float part, const Axis& axis) {
   return multiply_add(part, axis.reciprocal, part * axis.reciprocal_rest);
 }
 
+// What is known of a source plane when a kernel is compiled: nothing; that its rows are contiguous; of floats, too.
+enum class Rows { any, packed, packed_floats };
+
 // kColumns neighbouring columns of the target, as seen in a source plane, row by row.
-// kFloatRows: the plane's rows are contiguous floats. (The kernel itself may have written them: plain loads.)
+// kKeep: keeps the lower of the two source rows, which is the upper one of the next two where there are several rows of
+// the target to one of the source. Costs registers, and pays where source rows change often.
 // Where there is no such plane (`exists`), no row is ever read.
-template <int kColumns, bool kFloatRows>
+template <int kColumns, Rows kRows = Rows::any, bool kKeep = false>
 class ResizedColumns {
  public:
   __device__ __forceinline__ ResizedColumns(const Plane& plane, const Axis& rows, const Axis& columns, int64_t sample,
@@ -103,11 +107,15 @@ class ResizedColumns {
       row_.carry(rows);
       change_ = (rows.whole > 0) | (row_.part == 0) ? 0.0f : rows.length;
       const int32_t first = row_.below < 0 ? 0 : row_.below;
-      const int64_t top = start_ + first * plane.row_stride, bottom = row_.blends(rows) ? top + plane.row_stride : top;
-      if (kFloatRows) {
-        blend_rows(static_cast<const float*>(plane.data), 1, top, bottom, change);
+      const bool blends = row_.blends(rows);
+      // (The kernel itself may have written a plane of floats: plain loads.)
+      if constexpr (kRows == Rows::packed_floats) {
+        blend_rows(static_cast<const float*>(plane.data), plane.row_stride, 1, first, blends, change);
       } else {
-        with_float_type(plane.type, plane.data, [&](auto* data) { blend_rows(data, plane.column_stride, top, bottom, change); });
+        const int64_t column_stride = kRows == Rows::packed ? 1 : plane.column_stride;
+        with_float_type(plane.type, plane.data, [&](auto* data) {
+          blend_rows(data, plane.row_stride, column_stride, first, blends, change);
+        });
       }
     }
     const float weight = weight_of(row_.part, rows);
@@ -117,16 +125,27 @@ class ResizedColumns {
 
  private:
   template <class T, class F>
-  __device__ __forceinline__ void blend_rows(const T* data, int64_t column_stride, int64_t top, int64_t bottom, F change) const {
+  __device__ __forceinline__ void blend_rows(const T* data, int64_t row_stride, int64_t column_stride, int32_t row, bool blends, F change) {
+    const T* const top = data + start_ + row * row_stride;
+    const T* const bottom = blends ? top + row_stride : top;
+    if constexpr (kKeep) {
+      if (row != kept_row_) {
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) kept_[k] = blended(top, column_stride, k);
+      }
+      kept_row_ = row + blends;
+    }
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
-      const int64_t left = left_[k] * column_stride;
-      change(k, blended(data + top + left, column_stride, k), blended(data + bottom + left, column_stride, k));
+      const float first = kKeep ? kept_[k] : blended(top, column_stride, k);
+      kept_[k] = blended(bottom, column_stride, k);
+      change(k, first, kept_[k]);
     }
   }
 
   template <class T>
-  __device__ __forceinline__ float blended(const T* at, int64_t column_stride, int k) const {
+  __device__ __forceinline__ float blended(const T* row, int64_t column_stride, int k) const {
+    const T* const at = row + left_[k] * column_stride;
     const bool has_right = weight_[k] > 0;
     const float a = to_float(at[0]);
     float b = 0;
@@ -139,6 +158,8 @@ class ResizedColumns {
   float change_;  // from this part on the source rows change
   uint32_t left_[kColumns];
   float weight_[kColumns];
+  int32_t kept_row_ = -1;  // unused but for kKeep, and so are the numbers of that row
+  float kept_[kColumns];
 };
 
 }  // namespace aml::cuda
