@@ -129,7 +129,7 @@ def measure(
                 lost = target_below(similarity, target, limits, valid)
                 left_out = target_below(similarity, torch.ones_like(target), limits, valid)
                 scores[name].append(torch.cat([right[None], swapped[None], lost, left_out]).T.cpu())
-        fixed = {name: _literal(one(features), image, target) for name, one in literal.items()}
+        fixed = {name: _literal(one(features), image, target, valid) for name, one in literal.items()}
         for i, position in enumerate(positions):
             expression = dataset.expressions[position]
             records.append(
@@ -147,20 +147,27 @@ def measure(
     return records
 
 
-def _literal(similarity: Tensor, image: Tensor, target: Tensor) -> dict[str, Tensor]:
+def _literal(similarity: Tensor, image: Tensor, target: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
     """What a fixed limit TAU does to a map, columns [B]: its largest score, the shares of pixels and of target pixels
-    below, and the shares of the image that are dropped by three readings of "a random quarter"."""
-    limit = similarity.new_full((len(similarity),), TAU)
-    weak = resized_map(similarity, target.shape[1:]) < TAU
-    counts = F.avg_pool2d(weak[:, None].float(), RELEASED_BLOCK, ceil_mode=True, divisor_override=1)[:, 0]
+    below, and the shares of the image that are dropped by three readings of "a random quarter"; padding counts for
+    nothing, and the released code's reading knows none."""
+    limit, cells = similarity.new_full((len(similarity),), TAU), cells_of_picture(similarity, valid)
+    exists = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
+    weak = (resized_map(similarity, target.shape[1:]) < TAU) & exists
+    counts, pixels = (
+        F.avg_pool2d(each[:, None].float(), RELEASED_BLOCK, ceil_mode=True, divisor_override=1)[:, 0]
+        for each in (weak, exists)
+    )
+    share = pixels / pixels.sum((1, 2), keepdim=True)  # of the picture, that is in a block
+    by_block = BlockFilter(RHO, max_dropped=1.0).weak(image, similarity, limit, 0, map_valid=cells)[1]
     columns = {
-        "largest": similarity.amax((1, 2)),
-        "below": weak.float().mean((1, 2)),
-        "target_below": target_below(similarity, target, limit[None])[0],
-        "by_pixel": (1 - (1 - RHO) ** counts).mean((1, 2)),
-        "by_block": BlockFilter(RHO, max_dropped=1.0).weak(image, similarity, limit, 0)[1].float().mean((1, 2)),
+        "largest": (similarity if cells is None else similarity.masked_fill(~cells, -torch.inf)).amax((1, 2)),
+        "below": weak.sum((1, 2)) / exists.sum((1, 2)),
+        "target_below": target_below(similarity, target, limit[None], valid)[0],
+        "by_pixel": ((1 - (1 - RHO) ** counts) * share).sum((1, 2)),
+        "by_block": (by_block * share).sum((1, 2)),
     }
-    if image.shape[2] == image.shape[3] and image.shape[2] % RELEASED_BLOCK == 0:
+    if valid is None and image.shape[2] == image.shape[3] and image.shape[2] % RELEASED_BLOCK == 0:
         generator = torch.Generator().manual_seed(0)
         _, dropped = released_filter(image, similarity, limit, lambda n: torch.randperm(n, generator=generator))
         columns["released"] = dropped.float().mean((1, 2))

@@ -122,8 +122,14 @@ def written_whole(final: Path, linked: Mapping[str, Any] | None = None) -> Itera
     temporary = final.with_name(final.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    _seal(temporary, linked or {})
+    try:
+        yield temporary
+        _seal(temporary, linked or {})
+    except Exception as error:
+        if type(error) not in (RuntimeError, safetensors.SafetensorError):  # PyTorch's and safetensors' for a full disk
+            raise
+        free = shutil.disk_usage(temporary).free / 1e9
+        raise OSError(f"{final} was not written; {free:.3f} GB are free on its disk ({error})") from error
     os.rename(temporary, final)
     flush(final.parent)
 

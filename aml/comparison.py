@@ -89,7 +89,7 @@ def read_run(path: str, split: str) -> Run:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Raises ValueError for fewer than two runs, for the same run twice, and for runs that were evaluated on different
-    sentences, naming them."""
+    sentences or masks, naming them."""
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} run: expected two or more to compare")
     for run in runs[1:]:
@@ -124,13 +124,14 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _require_same_sentences(first: Run, other: Run) -> None:
-    ours, theirs = (
-        {record["sample_id"]: record["sentence"] for record in run.evaluation["records"]} for run in (first, other)
-    )
+    ours, theirs = ({record["sample_id"]: record for record in run.evaluation["records"]} for run in (first, other))
+    both = sorted(ours.keys() & theirs.keys())
     problems = {
         f"only in {first.name}": sorted(ours.keys() - theirs.keys()),
         f"only in {other.name}": sorted(theirs.keys() - ours.keys()),
-        "with another text": sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]),
+        "with another text": [name for name in both if ours[name]["sentence"] != theirs[name]["sentence"]],
+        # As copies of a data set have that were made from other years' annotations.
+        "with a mask of another size": [n for n in both if ours[n]["full_target"] != theirs[n]["full_target"]],
     }
     lines = [f"  {len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
     disturbed = [run.evaluation["perturb"] for run in (first, other)]

@@ -15,6 +15,8 @@ from typing import Any
 @contextlib.contextmanager
 def appearing_whole(path: Path) -> Iterator[Path]:
     """A path to write to, of the same suffix, which becomes `path` at the end of the block, or nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from aml import assembly, checkpoint
@@ -130,7 +130,6 @@ def save_overlay(path: str | Path, photo: Image.Image, mask: np.ndarray, sentenc
 def overlay(photo: Image.Image, mask: np.ndarray, sentence: str = "") -> Image.Image:
     """What `save_overlay` saves. photo: RGB; mask: bool [H, W] of the same size."""
     _require_size("mask", mask, photo)
-    selected = Image.fromarray(mask.astype(np.uint8) * 255)
     pixels = np.asarray(photo, dtype=np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
     background = (0.6 * pixels + 0.4 * grey) * BACKGROUND_LIGHT
@@ -138,13 +137,17 @@ def overlay(photo: Image.Image, mask: np.ndarray, sentence: str = "") -> Image.I
     picture = Image.fromarray(np.where(mask[..., None], inside, background).astype(np.uint8))
 
     width = max(1, round(min(photo.size) / 200))
-    wide, inner = (
-        selected.filter(ImageFilter.MaxFilter(4 * width + 1)),
-        selected.filter(ImageFilter.MaxFilter(2 * width + 1)),
-    )
-    picture.paste((255, 255, 255), mask=Image.fromarray(np.asarray(wide) & ~np.asarray(selected)))
-    picture.paste(TINT, mask=Image.fromarray(np.asarray(inner) & ~np.asarray(selected)))
+    for colour, by in (((255, 255, 255), 2 * width), (TINT, width)):
+        picture.paste(colour, mask=Image.fromarray((_grown(mask, by) & ~mask).astype(np.uint8) * 255))
     return _captioned(picture, sentence) if sentence else picture
+
+
+def _grown(mask: np.ndarray, by: int) -> np.ndarray:
+    """Pixels at most `by` rows and columns from the mask's. By sums, whose time does not grow with `by`."""
+    for _ in range(2):  # along the columns, then along the rows
+        sums = np.pad(mask, ((by + 1, by), (0, 0))).cumsum(0, dtype=np.int32)
+        mask = (sums[2 * by + 1 :] > sums[: -2 * by - 1]).T
+    return mask
 
 
 def _require_size(name: str, array: np.ndarray, photo: Image.Image) -> None:

@@ -122,6 +122,21 @@ def test_literal_readings_of_a_quarter():
         assert found[name].tolist() == pytest.approx(values), name
 
 
+def test_literal_readings_leave_padding_out():
+    """A picture of 64 x 128 in a letterbox, its upper half weak, gives what it gives without the padding."""
+    similarity = torch.full((1, 4, 4), 0.1)
+    similarity[:, 2:] = 0.9
+    target = torch.zeros(1, 128, 128, dtype=torch.uint8)
+    target[:, 80:90, 10:20] = 1
+    valid = torch.zeros(1, 128, 128, dtype=torch.bool)
+    valid[:, 32:96] = True
+    found = alignment_maps._literal(similarity, torch.zeros(1, 3, 128, 128), target, valid)
+    inside = alignment_maps._literal(similarity[:, 1:3], torch.zeros(1, 3, 64, 128), target[:, 32:96])
+    for name in ("largest", "below", "target_below", "by_pixel"):
+        torch.testing.assert_close(found[name], inside[name], rtol=0, atol=1e-6)
+    assert found["by_block"] == 0.125 and "released" not in found  # one of eight blocks
+
+
 def test_the_trained_pair_learns(place):
     settings = load(None, tiny.settings(place / "data", place / "encoder", place / "unused"))
     torch.manual_seed(0)

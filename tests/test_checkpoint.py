@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -221,6 +222,22 @@ def test_a_failure_at_any_write_leaves_a_loadable_checkpoint(tmp_path):
         assert names(run) == ["last", "step-00000002"]
     assert set(failures) == {"save", "save_file", "write_text", "mkdir", "fsync", "link", "rename", "replace"}
     assert len(failures) > 20
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, file):
+    """Unlike a faked one, as PyTorch and safetensors report it, neither as an OSError."""
+    first = save(tmp_path, 1)
+    tensors = {"model.safetensors": {"weights": {"model": {"a": torch.ones(9999)}}}, "optimizer.pt": {}}[file]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((first / file).stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002 was not written; \d+\.\d+ GB are free on its disk"):
+            save(tmp_path, 2, **tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert newest(tmp_path)[0] == first
+    assert_loads(save(tmp_path, 2), 2)
 
 
 def save_and_die(folder: Path) -> None:

@@ -111,6 +111,8 @@ sys.exit(code)
         ),
         (["eval", "--checkpoint", "/nowhere"], "/nowhere is not a complete checkpoint"),
         (["eval", "--checkpoint", "x", "--perturb", "fog:2"], "write noise:3, or another of occlusion, noise, blur"),
+        (["compare", "a", "b", "--plot", "d.pdf"], "--plot: 'd.pdf': expected a file that ends in .png"),
+        (["data", "stats", "/", "--out", "folder"], "--out: 'folder': expected a file that ends in .png"),
         (["evaluate"], "invalid choice: 'evaluate'"),
         ([], "required: COMMAND"),
     ],

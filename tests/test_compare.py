@@ -185,6 +185,7 @@ def test_generalized_sets_are_compared_in_gIoU_too(tmp_path):
         (lambda records: records[:-2], "2 only in "),
         (lambda records: [*records, record("new", "0.jpg", 3)], "1 only in "),
         (lambda records: [records[0] | {"sentence": "raw!"}, *records[1:]], "1 with another text: 0-0"),
+        (lambda records: [records[0] | {"full_target": 99}, *records[1:]], "1 with a mask of another size: 0-0"),
     ],
 )
 def test_runs_on_different_sentences_are_refused(tmp_path, capsys, change, said):

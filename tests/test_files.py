@@ -31,6 +31,15 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("picture.png", before)]
 
 
+def test_a_folder_that_is_given_for_a_file_is_named(tmp_path):
+    from matplotlib.figure import Figure
+
+    for write in (lambda: write_whole(tmp_path, "text"), lambda: save_png(Figure((1, 1)), tmp_path)):
+        with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder; give the name of a file"):
+            write()
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_name_that_is_no_utf_8_is_written_in_other_words(tmp_path):
     """In which Python gives the bytes of a file's name."""
     write_whole(tmp_path / "report.csv", "caf\udce9.png,0.5\nöl.png,0.7\n")

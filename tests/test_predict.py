@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import save_model
 
 from aml import checkpoint, cli, config
@@ -13,6 +15,7 @@ from aml.assembly import build_aligner
 from aml.data.pixels import place
 from aml.models import build_model
 from aml.predict import (
+    TINT,
     load_aligner,
     load_model,
     load_photo,
@@ -146,6 +149,26 @@ def test_saved_mask_and_overlay(photo, tmp_path):
     ).mean()
     with pytest.raises(ValueError, match=r"expected \[50, 70\]"):
         overlay(photo, mask.T)
+
+
+def test_the_outline_of_a_mask_and_of_its_corners():
+    mask = np.zeros((400, 300), bool)
+    mask[0, 0] = mask[200, 150] = mask[399, 290:] = True
+    inner, outer = (  # the definition; 300 / 200 is rounded to a width of 2
+        np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(size))) > 0 for size in (5, 9)
+    )
+    drawn = np.asarray(overlay(Image.new("RGB", (300, 400)), mask))
+    assert np.array_equal((drawn == 255).all(2), outer & ~inner)
+    assert np.array_equal((drawn == TINT).all(2), inner & ~mask)
+
+
+def test_the_outline_of_a_large_photo_takes_seconds():
+    """Of a telephone's, it took minutes: its width grows with the photo, and the work once grew with its square."""
+    mask = np.zeros((2400, 3200), bool)
+    mask[600:1200, 800:1600] = True
+    began = time.process_time()
+    overlay(Image.new("RGB", (3200, 2400)), mask)
+    assert time.process_time() - began < 20
 
 
 def test_the_map_is_drawn_from_its_least_to_its_greatest_value(photo, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from aml.commands.options import picture
+
 ABOUT = "Compare evaluated runs: mean and spread over seeds, paired intervals over photographs."
 EPILOG = """\
 Reads what aml eval stored. Runs with equal settings but for the seed are put together; all others are compared with the
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, checkpoint, or evaluation's JSON file")
     parser.add_argument("--split", default="val", help="which of a run's evaluations; default: val")
     parser.add_argument("--out", metavar="FILE", help="write the tables there too, in Markdown")
-    parser.add_argument("--plot", metavar="FILE", help="draw the differences as PNG")
+    parser.add_argument("--plot", metavar="FILE.png", type=picture, help="draw the differences as PNG")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -31,6 +31,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def picture(text: str) -> str:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file that ends in .png, which is what is written")
+    return text
+
+
 def perturbation(text: str) -> tuple[str, int]:
     kind, _, severity = text.partition(":")
     if kind not in KINDS or severity not in ("1", "2", "3", "4", "5"):

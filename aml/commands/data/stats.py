@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from aml.commands.options import add_data_root
+from aml.commands.options import add_data_root, picture
 
 ABOUT = "Draw distributions of sentences and targets, and print a table."
 
@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", metavar="NAME", default="refcoco", help="as in data.dataset, also refcocog(umd) or union"
     )
     parser.add_argument("--images", metavar="DIR", help="folder of the images, where it is another")
-    parser.add_argument("--out", metavar="FILE", default="data-stats.png", help="default: data-stats.png")
+    parser.add_argument(
+        "--out", metavar="FILE.png", type=picture, default="data-stats.png", help="default: data-stats.png"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
