@@ -108,6 +108,6 @@ def features(
     return arguments, samples, pixels, {
         "NORMALIZE": normalize, "PIXELS": PIXELS, "WORDS": WORDS,
         "CHANNELS": CHANNELS if tensor_cores else CHANNELS_FP32,
-        "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS,
+        "INDEX": index_type(largest, extent(text), pixels * max(channels, words + WORDS)), "num_warps": WARPS,
         "num_stages": 2 if tensor_cores else 1, **at_most(REGISTERS), "enable_fp_fusion": False,
     }
