@@ -163,6 +163,20 @@ def test_compiled_filter(traced):
         assert same_bits(actual, expected)
 
 
+def test_what_has_no_gradient_has_none_compiled(traced):
+    """PyTorch would let it require grad, and warn in the backward of an operator that may be incorrect."""
+    torch._dynamo.reset()
+
+    def call(visual, text, image):
+        similarity = pixel_text_similarity(visual, text, backend=traced)
+        limit = sample_quantile(similarity, 0.5, backend=traced)
+        return limit, *filter_regions(image, similarity, threshold=limit, block_size=4, seed=3, backend=traced)
+
+    (visual, text, _), image = features(), normal(0, 2, 3, 17, 19)
+    results = torch.compile(call, fullgraph=True, backend="aot_eager")(visual.requires_grad_(), text, image)
+    assert not any(x.requires_grad for x in results)
+
+
 class Loss(torch.nn.Module):
     def __init__(self, backend):
         super().__init__()
