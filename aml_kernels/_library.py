@@ -69,8 +69,9 @@ class Operator:
 
     def __call__(self, backend: str, *arguments):
         """Run it without a derivative. The first argument is a tensor."""
-        if is_traced(arguments[0]):
-            return self.variant(backend, arguments[0].device.type)(*arguments)
+        if is_traced(arguments[0]):  # PyTorch lets the results require grad if an argument does
+            constants = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+            return self.variant(backend, arguments[0].device.type)(*constants)
         with torch._C._AutoDispatchBelowAutograd():
             return (self.launch if backend == "triton" else self.default)(*arguments)
 

@@ -92,7 +92,7 @@ def _fake(image, similarity, protect, thresholds, threshold, quantile, rank, dro
 
 _filter = Operator(
     "filter_regions(Tensor image, Tensor similarity, Tensor? protect, Tensor? thresholds, float? threshold, "
-    "float? quantile, bool rank_in_fp64, float drop_ratio, int block_size, float[] fill, int seed) "
+    "float? quantile, bool rank_in_fp64, float drop_ratio, int block_size, float[] fill, SymInt seed) "
     "-> (Tensor, Tensor)",
     _fake,
 )

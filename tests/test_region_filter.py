@@ -78,6 +78,16 @@ def test_blocks(backend, block, map_size, seed):
             assert same_bits(filtered, image.where(~pixels, torch.zeros(())))
 
 
+@pytest.mark.timeout(60)
+def test_a_block_that_is_larger_than_the_image_costs_no_more(backend):
+    image, similarity = inputs_of((9, 11), (3, 4))
+    options = {"threshold": 0.1234, "drop_ratio": 1.0, "seed": 1, "backend": backend}
+    for protect in (None, coin(5, 3, 9, 11, share=0.01)):
+        filtered, dropped = filter_regions(image, similarity, block_size=2**31 - 1, protect=protect, **options)
+        expected = filter_regions(image, similarity, block_size=11, protect=protect, **options)
+        assert same_bits(filtered, expected[0]) and torch.equal(dropped, expected[1]) and dropped.shape == (3, 1, 1)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8), ids=str)
 def test_fill_and_types(backend, dtype):
     image, similarity = inputs_of(dtype=dtype)

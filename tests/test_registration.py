@@ -163,6 +163,38 @@ def test_compiled_filter(traced):
         assert same_bits(actual, expected)
 
 
+def test_no_filter_is_compiled_for_a_seed(traced):
+    """One program for the first, one for all others that are below 2**63, and one for the rest."""
+    if traced == "reference":
+        pytest.skip("its keys are computed from the seed in Python")
+    torch._dynamo.reset()
+    recorder = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    image, similarity = normal(0, 2, 3, 17, 19), normal(1, 2, 4, 5)
+
+    def call(seed):
+        return filter_regions(image, similarity, quantile=0.5, block_size=4, seed=seed, backend=traced)
+
+    compiled = torch.compile(call, fullgraph=True, backend=recorder)
+    for seed in (3, 4, 5, 6, 2**40, 2**63 + 5, 2**64 - 1):
+        for actual, expected in zip(compiled(seed), call(seed), strict=True):
+            assert same_bits(actual, expected)
+    assert recorder.frame_count == 3
+
+
+def test_what_has_no_gradient_has_none_compiled(traced):
+    """PyTorch would let it require grad, and warn in the backward of an operator that may be incorrect."""
+    torch._dynamo.reset()
+
+    def call(visual, text, image):
+        similarity = pixel_text_similarity(visual, text, backend=traced)
+        limit = sample_quantile(similarity, 0.5, backend=traced)
+        return limit, *filter_regions(image, similarity, threshold=limit, block_size=4, seed=3, backend=traced)
+
+    (visual, text, _), image = features(), normal(0, 2, 3, 17, 19)
+    results = torch.compile(call, fullgraph=True, backend="aot_eager")(visual.requires_grad_(), text, image)
+    assert not any(x.requires_grad for x in results)
+
+
 class Loss(torch.nn.Module):
     def __init__(self, backend):
         super().__init__()

@@ -112,6 +112,12 @@ def test_offsets_are_wide_where_they_have_to_be():
     assert choose(many.movedim(0, -1).contiguous().movedim(-1, 0)) == tl.int64  # 480 * 480 * 20000 elements apart
     assert choose(torch.empty(1, 1, 100_000, device="meta")) == tl.int64  # numerators of coordinates
 
+    def choose_for(words):
+        visual, text = torch.empty(1, 4, 4096, 4096, device="meta"), torch.empty(1, words, 4, device="meta")
+        return features.features(visual, text, None, True)[-1]["INDEX"]
+
+    assert choose_for(20) == tl.int32 and choose_for(100) == tl.int64  # a coefficient for each pixel and word
+
 
 def test_bf16_is_rounded_to_nearest_even():
     bits = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, widen
-from .tensors import FLOATS, as_bytes, check, extent, index_type
+from .tensors import FLOATS, as_bytes, at_most, check, extent, index_type
 
 # 64 pixels by 32 words are a matrix product for 8 warps, by 32 channels at a time: two steps of the tensor cores, and
 # few enough that a thread holds what it needs for the norms. More words than 32 take more rounds over the pixels, which
@@ -108,6 +108,6 @@ def features(
     return arguments, samples, pixels, {
         "NORMALIZE": normalize, "PIXELS": PIXELS, "WORDS": WORDS,
         "CHANNELS": CHANNELS if tensor_cores else CHANNELS_FP32,
-        "INDEX": index_type(largest, extent(text), channels * pixels), "num_warps": WARPS,
-        "num_stages": 2 if tensor_cores else 1, "maxnreg": REGISTERS, "enable_fp_fusion": False,
+        "INDEX": index_type(largest, extent(text), pixels * max(channels, words + WORDS)), "num_warps": WARPS,
+        "num_stages": 2 if tensor_cores else 1, **at_most(REGISTERS), "enable_fp_fusion": False,
     }

@@ -9,7 +9,7 @@ from . import quantile as quantiles
 from .loss import cross_entropy, next_pixels, pixels_from, read_row, sigmoid
 from .masked_loss_backward import COLUMNS, ROWS, WARPS, masked_loss_backward
 from .selection import select_quantile
-from .tensors import as_bytes, check_limit, check_loss, loss_index_type, plane
+from .tensors import as_bytes, at_most, check_limit, check_loss, loss_index_type, plane
 
 __all__ = ["masked_loss", "masked_loss_backward"]
 
@@ -226,7 +226,7 @@ def masked_loss(
             sums.new_empty(samples), tickets, PROTECT=protect_target, RESIZED=resized,
             MAP_RESIZED=similarity is not None and similarity.shape[-2:] != target.shape[-2:], REDUCTION=reduction,
             INDEX=index, SUMS=SUMS, COUNTS=COUNTS, COLUMNS=COLUMNS, ROWS=ROWS, PARTIALS=PARTIALS, num_warps=WARPS,
-            maxnreg=registers, enable_fp_fusion=False,
+            enable_fp_fusion=False, **at_most(registers),
         )
     return loss, sums, counts
 

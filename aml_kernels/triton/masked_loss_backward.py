@@ -10,7 +10,7 @@ from torch import Tensor
 from .arithmetic import narrow
 from .loss import loss_gradient, next_pixels, pixel_gradient, pixels_from, read_row
 from .masked_loss_gather import gather_kernel
-from .tensors import check, check_loss, loss_index_type, plane
+from .tensors import at_most, check, check_loss, loss_index_type, plane
 
 # Forward and backward: a program is one warp, goes down 128 columns row by row, and so has two rows of the map, or of
 # smaller logits, to blend at a time. 4 pixels to a thread are 16 bytes of fp32, and leave registers for 14 to 32 warps,
@@ -113,6 +113,6 @@ def masked_loss_backward(
             gather_kernel[(samples * tiles,)](
                 *plane(logits), *arguments, cell_rows, max(1, cell_columns), COLUMNS=COLUMNS,
                 CELLS=COLUMNS if cell_columns > FEW_CELLS else FEW_CELLS, WIDE=cell_columns == 0,
-                num_warps=WARPS if narrow else 2 * WARPS, maxnreg=REGISTERS if narrow else None, **options,
+                num_warps=WARPS if narrow else 2 * WARPS, **at_most(REGISTERS if narrow else None), **options,
             )
     return gradient

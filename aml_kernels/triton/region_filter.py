@@ -147,6 +147,7 @@ def filter_regions(
     check_limit("similarity", similarity, None, thresholds, quantile, samples)
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    block_size = min(block_size, max(rows, columns))  # the kernels step through a block, and in 32 bits
     block_rows, block_columns = triton.cdiv(rows, block_size), triton.cdiv(columns, block_size)
     blocks = block_rows * block_columns
     limits = image.new_empty(samples, dtype=torch.float32)

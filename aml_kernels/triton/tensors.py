@@ -42,6 +42,11 @@ def loss_index_type(*planes: Tensor | None) -> tl.dtype:
     return index_type(2 * side * side, *map(extent, given))
 
 
+def at_most(registers: int | None) -> dict[str, int]:
+    """The option that has a thread use no more. AMD's compiler has none like it, and refuses one it does not know."""
+    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
+
+
 def check(name: str, tensor: Tensor, types: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:
     """A tensor of one of these types and this shape, in which None is any size but 0."""
     fits = tensor.dtype in types and tensor.dim() == len(shape) and all(
