@@ -130,6 +130,12 @@ def architecture_names(flags: list[str]) -> list[str]:
 class BuildExtension(cpp_extension.BuildExtension):
     """Goes on without what cannot be built, the CUDA kernels or all of the extension, unless it was asked for."""
 
+    def run(self) -> None:
+        # What was built of earlier sources would stand in for what cannot be built now.
+        for each in self.extensions:
+            Path(self.get_ext_fullpath(each.name)).unlink(missing_ok=True)
+        super().run()
+
     def build_extensions(self) -> None:
         try:
             super().build_extensions()

@@ -1,6 +1,7 @@
 """What setup.py decides to build and says about it. Nothing is compiled here; `make test-wheel` and CI do that."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,7 @@ READ = ("AML_KERNELS_CUDA", "AML_KERNELS_EXTENSION", "CUDA_HOME", "CUDA_PATH", "
 needs_cuda_in_torch = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
 
 
-def setup(*arguments, torch_is="", **variables):
+def setup(*arguments, root=ROOT, torch_is="", **variables):
     """Run setup.py, by default with a command that builds nothing, as if no GPU were here.
 
     torch_is: statements that change PyTorch before.
@@ -23,7 +24,7 @@ def setup(*arguments, torch_is="", **variables):
     environment |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in variables.items()}
     start = f"import runpy, torch; {torch_is}; runpy.run_path('setup.py', run_name='__main__')"
     command = [sys.executable, *(("-c", start) if torch_is else ("setup.py",)), *(arguments or ("--version",))]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def refused(run, *words):
@@ -131,12 +132,34 @@ def test_gpus_that_pytorch_does_not_know_are_refused(toolkit):
     refused(run, "TORCH_CUDA_ARCH_LIST: ", "(6.6)", "expected such as 9.0, ")
 
 
+@pytest.fixture
+def compiler(tmp_path):
+    """It writes empty files."""
+    path = tmp_path / "c++"
+    path.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("options", ((), ("--inplace",)), ids=("for a wheel", "in place"))
+def test_what_cannot_be_built_is_not_left_from_before(options, compiler, tmp_path):
+    """The package would run what was made of other sources, and a wheel would hold it."""
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    (root / "aml_kernels").mkdir()
+    shutil.copy(ROOT / "setup.py", root)
+    run = setup("build_ext", *options, root=root, AML_KERNELS_CUDA="0", CXX=compiler)
+    assert run.returncode == 0, run.stderr
+    places = [root / "aml_kernels"] if options else [*root.glob("build/lib*/aml_kernels")]
+    assert [len([*place.glob("*.so")]) for place in places] == [1]
+    run = setup("build_ext", *options, root=root, AML_KERNELS_CUDA="0", CXX=tmp_path / "nowhere/c++")
+    assert run.returncode == 0 and "the extension could not be built" in run.stderr, run.stderr
+    assert not [*places[0].glob("*.so")]
+
+
 @needs_cuda_in_torch
-def test_what_nvcc_cannot_compile_is_left_out(toolkit, tmp_path):
-    """Without AML_KERNELS_CUDA=1 the C++ part is built then: here by a compiler that writes empty files."""
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
-    compiler.chmod(0o755)
+def test_what_nvcc_cannot_compile_is_left_out(toolkit, compiler, tmp_path):
+    """Without AML_KERNELS_CUDA=1 the C++ part is built then."""
     home = toolkit(f"{torch.version.cuda}")
     folders = "--build-temp", tmp_path / "objects", "--build-lib", tmp_path / "built"
     variables = {"CUDA_HOME": home, "CXX": compiler, "TORCH_CUDA_ARCH_LIST": "9.0"}
