@@ -55,7 +55,7 @@ class Toolkit:
         if self.library is None:
             raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))}; {self.install}")
         self.architectures = ARCHITECTURES if self.release >= (12, 8) else OLDER_ARCHITECTURES
-        if torch.cuda.is_available() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        if torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
             if oldest < (8, 0):
                 raise RuntimeError(
@@ -100,8 +100,8 @@ def toolkit() -> Toolkit | None:
 TOOLKIT = toolkit()
 if TOOLKIT:
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)  # read by the import that follows, which would guess from PATH
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", TOOLKIT.architectures)
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = TOOLKIT.architectures
 
 from torch.utils import cpp_extension  # noqa: E402
 
@@ -112,6 +112,11 @@ def architecture_flags() -> list[str]:
         flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}; expected such as 9.0, 9.0a, 8.0;9.0+PTX") from None
+    except IndexError:  # "native"
+        given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: {given!r} is what this host has, and PyTorch sees no GPU; expected such as 9.0"
+        ) from None
     old = [flag for flag in flags if int(re.findall(r"\d+", flag)[-1]) < 80]
     if old:
         raise SystemExit(

@@ -88,7 +88,8 @@ def test_a_toolkit_of_another_major_version_does_not_fit(toolkit):
 
 @needs_cuda_in_torch
 @pytest.mark.parametrize(("variables", "built"), (
-    ({}, "8.0, 9.0, 10.0+PTX"), ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "9.0"),
+    ({}, "8.0, 9.0, 10.0+PTX"), ({"TORCH_CUDA_ARCH_LIST": ""}, "8.0, 9.0, 10.0+PTX"),
+    ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "9.0"),
     ({"TORCH_CUDA_ARCH_LIST": "8.6;9.0+PTX"}, "8.6, 9.0+PTX"),
     ({"TORCH_CUDA_ARCH_LIST": "10.0a 9.0a+PTX 9.0"}, "9.0, 9.0a+PTX, 10.0a"),
 ), ids=str)
@@ -130,6 +131,12 @@ def test_gpus_that_the_kernels_are_not_written_for_are_refused(toolkit):
 def test_gpus_that_pytorch_does_not_know_are_refused(toolkit):
     run = setup(CUDA_HOME=toolkit(torch.version.cuda), TORCH_CUDA_ARCH_LIST="9.0;6.6")
     refused(run, "TORCH_CUDA_ARCH_LIST: ", "(6.6)", "expected such as 9.0, ")
+
+
+@needs_cuda_in_torch
+def test_the_gpus_of_a_host_without_one_are_refused(toolkit):
+    run = setup(CUDA_HOME=toolkit(torch.version.cuda), TORCH_CUDA_ARCH_LIST="native")
+    refused(run, "TORCH_CUDA_ARCH_LIST: 'native' is what this host has", "expected such as 9.0")
 
 
 @pytest.fixture
