@@ -89,7 +89,8 @@ def test_what_a_part_leaves_running_ends_with_it(tmp_path):
     assert code == 0 and not (tmp_path / "late").exists()
 
 
-def test_who_interrupts_it_ends_all_that_runs(tmp_path):
+@pytest.mark.parametrize("how", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), ids=lambda how: how.name)
+def test_who_interrupts_it_ends_all_that_runs(tmp_path, how):
     started, alive = tmp_path / "started", tmp_path / "alive"
     script = f"import time; open({str(started)!r}, 'w'); time.sleep(3); open({str(alive)!r}, 'w')"
     program = f"""
@@ -104,7 +105,7 @@ run.main(["--out", {str(tmp_path / "out")!r}], make=lambda folder: parts)
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     assert process.wait(30) != 0
     time.sleep(4)
     assert not alive.exists()

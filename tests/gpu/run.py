@@ -147,8 +147,9 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
     results = json.loads(stored.read_text()) if stored.exists() else {}
     chosen = [part for part in planned if not options.only or part.name in options.only]
     due = [x for x in chosen if options.only or x.always or results.get(x.name, {}).get("state") != "passed"]
-    for _, group in itertools.groupby(chosen, lambda part: part.alone and part.name):
-        asyncio.run(run_at_once(list(group), due, results, stored, end))
+    with ended_by_signals():
+        for _, group in itertools.groupby(chosen, lambda part: part.alone and part.name):
+            asyncio.run(run_at_once(list(group), due, results, stored, end))
     print(f"\n{sum(r['state'] == 'passed' for r in results.values())} of {len(planned)} parts have passed")
     return int(any(results.get(part.name, {}).get("state") not in ("passed", "missing") for part in planned))
 
@@ -165,6 +166,19 @@ def version(package: str) -> tuple[int, ...]:
         return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:2]))
     except importlib.metadata.PackageNotFoundError:
         return (0,)
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """What runs has sessions of its own, which no signal reaches: it is ended as by Ctrl-C, not left on the GPU."""
+    changed = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 async def run_at_once(group: Sequence[Part], due: Sequence[Part], results: dict, stored: Path, end: float) -> None:
