@@ -194,7 +194,8 @@ def extension(toolkit):
         extension.extra_compile_args["cxx"].append(f'-DAML_CUDA_ARCHITECTURES="{" ".join(names)}"')
         extension.extra_compile_args["nvcc"] = [
             "-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA", *define, *flags, "-Xfatbin=-compress-all",
-            f"-Xcompiler=-fvisibility=hidden,-g0,-ffile-prefix-map={HERE}=.", f"-isystem={toolkit.include}",
+            # In quotes for the shell that nvcc calls the compiler by, and for nvcc, which divides at commas.
+            f"-Xcompiler=-fvisibility=hidden,-g0,'-ffile-prefix-map={HERE}=.'", f"-isystem={toolkit.include}",
         ]
         # The runtime inside the file: it then loads where PyTorch has none, or another one.
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]

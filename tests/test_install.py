@@ -181,6 +181,20 @@ def test_what_nvcc_cannot_compile_is_left_out(toolkit, compiler, tmp_path):
     assert refused_build.returncode != 0
 
 
+@needs_cuda_in_torch
+def test_a_path_may_hold_spaces_and_commas(tmp_path):
+    root = tmp_path / "a folder, with spaces"
+    for name, text in {"library.cpp": "int a;", "cuda/kernel.cu": "__global__ void kernel() {}"}.items():
+        (root / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "csrc" / name).write_text(text)
+    shutil.copy(ROOT / "setup.py", root)
+    run = setup("build_ext", root=root, TORCH_CUDA_ARCH_LIST="9.0")
+    if "building without CUDA kernels" in run.stderr:
+        pytest.skip("needs nvcc")
+    assert run.returncode == 0 and "could not be built" not in run.stderr, run.stdout + run.stderr
+    assert [*root.glob("build/temp*/csrc/cuda/kernel.o")]
+
+
 def test_a_source_distribution_holds_all_that_a_build_reads(tmp_path):
     run = setup("-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, AML_KERNELS_CUDA="0")
     assert run.returncode == 0, run.stderr
