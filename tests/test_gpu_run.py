@@ -64,6 +64,28 @@ def test_a_part_that_others_depend_on_runs_every_time(tmp_path):
     assert (tmp_path / "n").read_text() == "xx"
 
 
+def test_nothing_passes_with_what_was_built_of_earlier_sources(tmp_path):
+    built = tmp_path / "built"
+    built.touch()
+    build = part("build", "raise SystemExit('no nvcc')", always=True, alone=True, makes=built)
+    code, results = drive(tmp_path / "out", build, part("a", f"open({str(built)!r}); print('done')"))
+    assert code == 1 and results["build"]["state"] == results["a"]["state"] == "failed"
+
+
+def test_what_passed_without_the_build_is_run_again_with_it(tmp_path):
+    """Not before: who has no nvcc goes on where the last run ended."""
+    failing, build = (part("build", x, always=True, alone=True) for x in ("raise SystemExit(1)", "print('done')"))
+    a = counting("a", tmp_path)
+    for first, times in ((failing, 1), (failing, 1), (build, 2), (build, 2)):
+        drive(tmp_path / "out", first, a)
+        assert (tmp_path / "a").read_text() == times * "x"
+
+
+def test_the_build_makes_what_is_imported(tmp_path):
+    build, = (p for p in driver.parts(tmp_path) if p.makes)
+    assert build.name == "build" and build.makes == driver.ROOT / "aml_kernels" / "_C.abi3.so"
+
+
 def test_parts_run_at_once_and_are_told_in_order(tmp_path, capsys):
     slow = part("slow", "import time; time.sleep(1); print('done')")
     code, results = drive(tmp_path / "out", slow, waiting("a", "b", tmp_path), waiting("b", "a", tmp_path))
