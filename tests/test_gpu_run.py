@@ -242,6 +242,12 @@ def test_programs_that_lie_beside_python_are_found(tmp_path):
     assert results["a"]["says"].split(":")[-1] == str(Path(sys.executable).parent)
 
 
+def test_packages_are_imported_from_where_the_driver_imports_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    _, results = drive(tmp_path, part("a", "import os; print('done', os.environ['PYTHONPATH'])"))
+    assert results["a"]["says"] == f"done {driver.ROOT}:{tmp_path / 'packages'}"
+
+
 def test_all_lines_that_show_what_was_done_are_told(tmp_path):
     _, results = drive(tmp_path, part("a", "print('done 1'); print('x'); print('done 2')"))
     assert results["a"]["says"].split("\n") == ["done 1", "    done 2"]

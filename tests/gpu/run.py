@@ -223,7 +223,8 @@ async def run(part: Part, log: Path, remaining: float) -> dict:
         part.makes.unlink(missing_ok=True)
     limit, start = min(part.seconds, remaining), time.monotonic()
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])  # where pip puts ninja
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    imported = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # PyTorch may lie there
+    environment = os.environ | {"PATH": path, "PYTHONPATH": imported, "PYTHONUNBUFFERED": "1"}
     environment |= part.environment | ({} if part.alone else SHARED)
     with log.open("w") as file:
         process = await asyncio.create_subprocess_exec(
