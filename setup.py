@@ -15,8 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 import torch
 from setuptools import setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read pyproject.toml, and says so less clearly
+    raise SystemExit(f"setuptools: expected 77 or newer, got {setuptools.__version__}: pip install 'setuptools>=77'")
 
 HERE = Path(__file__).resolve().parent
 # 8.6 and 8.9 run the code for 8.0; what comes after the last is compiled by the driver. nvcc knows 10.0 since 12.8.

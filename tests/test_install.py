@@ -55,6 +55,12 @@ def test_other_values_are_refused(name):
     refused(setup(**{name: "yes"}), f"{name}: expected 0, 1 or nothing, got 'yes'")
 
 
+def test_setuptools_of_an_older_environment_are_refused():
+    """Without build isolation these are there: what `python -m venv` brings along for Python 3.11, for example."""
+    old = setup(torch_is="import setuptools; setuptools.__version__ = '65.5.0'")
+    refused(old, "setuptools: expected 77 or newer, got 65.5.0: pip install 'setuptools>=77'")
+
+
 def test_cuda_kernels_without_the_extension_are_refused():
     refused(setup(AML_KERNELS_CUDA="1", AML_KERNELS_EXTENSION="0"), "AML_KERNELS_EXTENSION=0", "AML_KERNELS_CUDA=1")
 
