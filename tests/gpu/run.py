@@ -2,8 +2,8 @@
 
 The work is cut into parts: first what only checks, all of it at once, then what is measured, with nothing beside it.
 Each part leaves its log and its result in a folder that belongs to these sources and this environment; what has passed
-there is not run again. A run ends after 9 minutes and tells what is left; the next goes on with it, with what has been
-compiled meanwhile by Triton and PyTorch.
+there is not run again, unless that was without the build, which now passes. A run ends after 9 minutes and tells what
+is left; the next goes on with it, with what has been compiled meanwhile by Triton and PyTorch.
 
     python tests/gpu/run.py                    what 9 minutes are enough for of what has not passed yet
     python tests/gpu/run.py --only cuda goal   these parts, whatever came of them before
