@@ -15,8 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 import torch
 from setuptools import setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read pyproject.toml, and says so less clearly
+    raise SystemExit(f"setuptools: expected 77 or newer, got {setuptools.__version__}: pip install 'setuptools>=77'")
 
 HERE = Path(__file__).resolve().parent
 # 8.6 and 8.9 run the code for 8.0; what comes after the last is compiled by the driver. nvcc knows 10.0 since 12.8.
@@ -55,7 +59,7 @@ class Toolkit:
         if self.library is None:
             raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))}; {self.install}")
         self.architectures = ARCHITECTURES if self.release >= (12, 8) else OLDER_ARCHITECTURES
-        if torch.cuda.is_available() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        if torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
             if oldest < (8, 0):
                 raise RuntimeError(
@@ -100,8 +104,8 @@ def toolkit() -> Toolkit | None:
 TOOLKIT = toolkit()
 if TOOLKIT:
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)  # read by the import that follows, which would guess from PATH
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", TOOLKIT.architectures)
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = TOOLKIT.architectures
 
 from torch.utils import cpp_extension  # noqa: E402
 
@@ -112,6 +116,11 @@ def architecture_flags() -> list[str]:
         flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {error}; expected such as 9.0, 9.0a, 8.0;9.0+PTX") from None
+    except IndexError:  # "native"
+        given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: {given!r} is what this host has, and PyTorch sees no GPU; expected such as 9.0"
+        ) from None
     old = [flag for flag in flags if int(re.findall(r"\d+", flag)[-1]) < 80]
     if old:
         raise SystemExit(
@@ -129,6 +138,12 @@ def architecture_names(flags: list[str]) -> list[str]:
 
 class BuildExtension(cpp_extension.BuildExtension):
     """Goes on without what cannot be built, the CUDA kernels or all of the extension, unless it was asked for."""
+
+    def run(self) -> None:
+        # What was built of earlier sources would stand in for what cannot be built now.
+        for each in self.extensions:
+            Path(self.get_ext_fullpath(each.name)).unlink(missing_ok=True)
+        super().run()
 
     def build_extensions(self) -> None:
         try:
@@ -183,7 +198,8 @@ def extension(toolkit):
         extension.extra_compile_args["cxx"].append(f'-DAML_CUDA_ARCHITECTURES="{" ".join(names)}"')
         extension.extra_compile_args["nvcc"] = [
             "-O3", "-std=c++17", "-fmad=false", "-DUSE_CUDA", *define, *flags, "-Xfatbin=-compress-all",
-            f"-Xcompiler=-fvisibility=hidden,-g0,-ffile-prefix-map={HERE}=.", f"-isystem={toolkit.include}",
+            # In quotes for the shell that nvcc calls the compiler by, and for nvcc, which divides at commas.
+            f"-Xcompiler=-fvisibility=hidden,-g0,'-ffile-prefix-map={HERE}=.'", f"-isystem={toolkit.include}",
         ]
         # The runtime inside the file: it then loads where PyTorch has none, or another one.
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]

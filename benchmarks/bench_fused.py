@@ -8,7 +8,6 @@ itself).
 """
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -189,8 +188,7 @@ def add_resident_memory(rows: list[dict], grown: dict[tuple, int]) -> None:
 
 def store(report: dict, path: Path | None) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        measure.store(report, path)
 
 
 if __name__ == "__main__":

@@ -243,8 +243,7 @@ def store(report: dict, path: Path) -> None:
     """In place of an earlier report of the same case, strategies and parts; others stay."""
     stored = json.loads(path.read_text()) if path.exists() else []
     others = [other for other in stored if _key(other) != _key(report)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*others, report], indent=1) + "\n")
+    measure.store([*others, report], path)
 
 
 def _key(report: dict) -> list:

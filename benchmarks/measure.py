@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import os
 import platform
 import random
@@ -137,6 +138,17 @@ def provenance() -> dict:
         "aml_kernels": __version__, "torch": torch.__version__, "python": platform.python_version(),
         "compiler": _output("c++", "--version").partition("\n")[0], "system": platform.platform(),
     }
+
+
+def store(value, path: Path) -> None:
+    """As JSON: complete, or as it was before, should the run be ended meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _commit() -> str:

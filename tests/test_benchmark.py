@@ -167,6 +167,15 @@ def test_chart_of_stored_rows(without_compile, tmp_path):
     assert json.loads((tmp_path / "results/cpu.json").read_text())["rows"] == report["rows"]
 
 
+def test_rows_stay_whole_if_a_run_ends_while_it_stores_them(tmp_path, monkeypatch):
+    path, write = tmp_path / "rows.json", Path.write_text
+    bench.store({"rows": [1]}, path)
+    monkeypatch.setattr(Path, "write_text", lambda self, text: write(self, text[:5]) and sys.exit("ended"))
+    with pytest.raises(SystemExit):
+        bench.store({"rows": [1, 2]}, path)
+    assert json.loads(path.read_text()) == {"rows": [1]} and [*tmp_path.iterdir()] == [path]
+
+
 def test_of_the_tables_of_a_page_one_is_written_anew():
     pytest.importorskip("matplotlib")
     import plot

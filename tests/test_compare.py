@@ -129,6 +129,7 @@ def test_with_seeds_the_interval_covers_as_often_as_it_says(paired):
 
 def test_standard_errors_of_seeds_by_hand():
     assert bootstrap.seed_error([1.0, 2.0, 6.0], [0.0, 1.0, 5.0], paired=True) == (0.0, 2)
+    assert bootstrap.seed_error([1.0, 2.0, 6.0], [0.0, 0.0, 5.0], paired=True) == (pytest.approx(1 / 3), 2)
     error, freedom = bootstrap.seed_error([1.0, 2.0, 6.0], [0.0, 1.0, 5.0], paired=False)
     assert error == pytest.approx(math.sqrt(2 * 7 / 3)) and freedom == pytest.approx(4)
     assert bootstrap.seed_error([1.0], [1.0, 2.0], paired=False) is None

@@ -55,8 +55,8 @@ def test_the_batches_of_a_step_have_other_blocks_filled(tmp_path, words, monkeyp
     monkeypatch.setattr(strategies.BlockFilter, "weak", watched_weak)
     monkeypatch.setattr(strategies.BlockFilter, "random", watched_random)
     train(load(None, words(tmp_path, f"alignment.strategy={strategy}")))
-    for found in seeds.values():
-        assert len(set(found)) == len(found)
+    found = [*seeds["weak"], *seeds["random"]]
+    assert len(set(found)) == len(found)  # with the same seed the control would fill many of the weak blocks
     assert len(seeds["weak"]) == 4 and len(seeds["random"]) == 4 * (strategy == "random_blocks")
 
 

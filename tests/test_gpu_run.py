@@ -64,6 +64,28 @@ def test_a_part_that_others_depend_on_runs_every_time(tmp_path):
     assert (tmp_path / "n").read_text() == "xx"
 
 
+def test_nothing_passes_with_what_was_built_of_earlier_sources(tmp_path):
+    built = tmp_path / "built"
+    built.touch()
+    build = part("build", "raise SystemExit('no nvcc')", always=True, alone=True, makes=built)
+    code, results = drive(tmp_path / "out", build, part("a", f"open({str(built)!r}); print('done')"))
+    assert code == 1 and results["build"]["state"] == results["a"]["state"] == "failed"
+
+
+def test_what_passed_without_the_build_is_run_again_with_it(tmp_path):
+    """Not before: who has no nvcc goes on where the last run ended."""
+    failing, build = (part("build", x, always=True, alone=True) for x in ("raise SystemExit(1)", "print('done')"))
+    a = counting("a", tmp_path)
+    for first, times in ((failing, 1), (failing, 1), (build, 2), (build, 2)):
+        drive(tmp_path / "out", first, a)
+        assert (tmp_path / "a").read_text() == times * "x"
+
+
+def test_the_build_makes_what_is_imported(tmp_path):
+    build, = (p for p in driver.parts(tmp_path) if p.makes)
+    assert build.name == "build" and build.makes == driver.ROOT / "aml_kernels" / "_C.abi3.so"
+
+
 def test_parts_run_at_once_and_are_told_in_order(tmp_path, capsys):
     slow = part("slow", "import time; time.sleep(1); print('done')")
     code, results = drive(tmp_path / "out", slow, waiting("a", "b", tmp_path), waiting("b", "a", tmp_path))
@@ -89,7 +111,8 @@ def test_what_a_part_leaves_running_ends_with_it(tmp_path):
     assert code == 0 and not (tmp_path / "late").exists()
 
 
-def test_who_interrupts_it_ends_all_that_runs(tmp_path):
+@pytest.mark.parametrize("how", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), ids=lambda how: how.name)
+def test_who_interrupts_it_ends_all_that_runs(tmp_path, how):
     started, alive = tmp_path / "started", tmp_path / "alive"
     script = f"import time; open({str(started)!r}, 'w'); time.sleep(3); open({str(alive)!r}, 'w')"
     program = f"""
@@ -104,7 +127,7 @@ run.main(["--out", {str(tmp_path / "out")!r}], make=lambda folder: parts)
     while not started.exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     assert process.wait(30) != 0
     time.sleep(4)
     assert not alive.exists()
@@ -217,6 +240,12 @@ def test_programs_that_lie_beside_python_are_found(tmp_path):
     script = "import os; print('done', os.environ['PATH'])"
     _, results = drive(tmp_path, part("a", script))
     assert results["a"]["says"].split(":")[-1] == str(Path(sys.executable).parent)
+
+
+def test_packages_are_imported_from_where_the_driver_imports_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    _, results = drive(tmp_path, part("a", "import os; print('done', os.environ['PYTHONPATH'])"))
+    assert results["a"]["says"] == f"done {driver.ROOT}:{tmp_path / 'packages'}"
 
 
 def test_all_lines_that_show_what_was_done_are_told(tmp_path):

@@ -1,6 +1,7 @@
 """What setup.py decides to build and says about it. Nothing is compiled here; `make test-wheel` and CI do that."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,7 @@ READ = ("AML_KERNELS_CUDA", "AML_KERNELS_EXTENSION", "CUDA_HOME", "CUDA_PATH", "
 needs_cuda_in_torch = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
 
 
-def setup(*arguments, torch_is="", **variables):
+def setup(*arguments, root=ROOT, torch_is="", **variables):
     """Run setup.py, by default with a command that builds nothing, as if no GPU were here.
 
     torch_is: statements that change PyTorch before.
@@ -23,7 +24,7 @@ def setup(*arguments, torch_is="", **variables):
     environment |= {"CUDA_VISIBLE_DEVICES": ""} | {name: str(value) for name, value in variables.items()}
     start = f"import runpy, torch; {torch_is}; runpy.run_path('setup.py', run_name='__main__')"
     command = [sys.executable, *(("-c", start) if torch_is else ("setup.py",)), *(arguments or ("--version",))]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def refused(run, *words):
@@ -52,6 +53,12 @@ def toolkit(tmp_path):
 @pytest.mark.parametrize("name", ("AML_KERNELS_CUDA", "AML_KERNELS_EXTENSION"))
 def test_other_values_are_refused(name):
     refused(setup(**{name: "yes"}), f"{name}: expected 0, 1 or nothing, got 'yes'")
+
+
+def test_setuptools_of_an_older_environment_are_refused():
+    """Without build isolation these are there: what `python -m venv` brings along for Python 3.11, for example."""
+    old = setup(torch_is="import setuptools; setuptools.__version__ = '65.5.0'")
+    refused(old, "setuptools: expected 77 or newer, got 65.5.0: pip install 'setuptools>=77'")
 
 
 def test_cuda_kernels_without_the_extension_are_refused():
@@ -87,7 +94,8 @@ def test_a_toolkit_of_another_major_version_does_not_fit(toolkit):
 
 @needs_cuda_in_torch
 @pytest.mark.parametrize(("variables", "built"), (
-    ({}, "8.0, 9.0, 10.0+PTX"), ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "9.0"),
+    ({}, "8.0, 9.0, 10.0+PTX"), ({"TORCH_CUDA_ARCH_LIST": ""}, "8.0, 9.0, 10.0+PTX"),
+    ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "9.0"),
     ({"TORCH_CUDA_ARCH_LIST": "8.6;9.0+PTX"}, "8.6, 9.0+PTX"),
     ({"TORCH_CUDA_ARCH_LIST": "10.0a 9.0a+PTX 9.0"}, "9.0, 9.0a+PTX, 10.0a"),
 ), ids=str)
@@ -132,11 +140,39 @@ def test_gpus_that_pytorch_does_not_know_are_refused(toolkit):
 
 
 @needs_cuda_in_torch
-def test_what_nvcc_cannot_compile_is_left_out(toolkit, tmp_path):
-    """Without AML_KERNELS_CUDA=1 the C++ part is built then: here by a compiler that writes empty files."""
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
-    compiler.chmod(0o755)
+def test_the_gpus_of_a_host_without_one_are_refused(toolkit):
+    run = setup(CUDA_HOME=toolkit(torch.version.cuda), TORCH_CUDA_ARCH_LIST="native")
+    refused(run, "TORCH_CUDA_ARCH_LIST: 'native' is what this host has", "expected such as 9.0")
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """It writes empty files."""
+    path = tmp_path / "c++"
+    path.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("options", ((), ("--inplace",)), ids=("for a wheel", "in place"))
+def test_what_cannot_be_built_is_not_left_from_before(options, compiler, tmp_path):
+    """The package would run what was made of other sources, and a wheel would hold it."""
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    (root / "aml_kernels").mkdir()
+    shutil.copy(ROOT / "setup.py", root)
+    run = setup("build_ext", *options, root=root, AML_KERNELS_CUDA="0", CXX=compiler)
+    assert run.returncode == 0, run.stderr
+    places = [root / "aml_kernels"] if options else [*root.glob("build/lib*/aml_kernels")]
+    assert [len([*place.glob("*.so")]) for place in places] == [1]
+    run = setup("build_ext", *options, root=root, AML_KERNELS_CUDA="0", CXX=tmp_path / "nowhere/c++")
+    assert run.returncode == 0 and "the extension could not be built" in run.stderr, run.stderr
+    assert not [*places[0].glob("*.so")]
+
+
+@needs_cuda_in_torch
+def test_what_nvcc_cannot_compile_is_left_out(toolkit, compiler, tmp_path):
+    """Without AML_KERNELS_CUDA=1 the C++ part is built then."""
     home = toolkit(f"{torch.version.cuda}")
     folders = "--build-temp", tmp_path / "objects", "--build-lib", tmp_path / "built"
     variables = {"CUDA_HOME": home, "CXX": compiler, "TORCH_CUDA_ARCH_LIST": "9.0"}
@@ -149,6 +185,20 @@ def test_what_nvcc_cannot_compile_is_left_out(toolkit, tmp_path):
     assert "library.o" in objects
     refused_build = setup("-q", "build_ext", *folders, **variables, AML_KERNELS_CUDA="1")
     assert refused_build.returncode != 0
+
+
+@needs_cuda_in_torch
+def test_a_path_may_hold_spaces_and_commas(tmp_path):
+    root = tmp_path / "a folder, with spaces"
+    for name, text in {"library.cpp": "int a;", "cuda/kernel.cu": "__global__ void kernel() {}"}.items():
+        (root / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "csrc" / name).write_text(text)
+    shutil.copy(ROOT / "setup.py", root)
+    run = setup("build_ext", root=root, TORCH_CUDA_ARCH_LIST="9.0")
+    if "building without CUDA kernels" in run.stderr:
+        pytest.skip("needs nvcc")
+    assert run.returncode == 0 and "could not be built" not in run.stderr, run.stdout + run.stderr
+    assert [*root.glob("build/temp*/csrc/cuda/kernel.o")]
 
 
 def test_a_source_distribution_holds_all_that_a_build_reads(tmp_path):

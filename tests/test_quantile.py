@@ -177,3 +177,17 @@ def test_result_has_no_gradient_and_inputs_stay(backend):
     assert not sample_quantile(values, 0.5, valid=valid, backend=backend).requires_grad
     assert torch.equal(values, before[0]) and torch.equal(valid, before[1])
     assert values._version == 0 or values.grad is None
+
+
+@pytest.mark.parametrize("guessed", (True, False), ids=("guess ends there", "guess misses"))
+def test_the_next_value_lies_beyond_all_equal_ones(cpu, guessed):
+    """Between the last of many zeros and the ones. guessed: the places that the kernel's guess looks at are all 0."""
+    count = 65536
+    values = torch.ones(1, count)
+    index, step = torch.arange(2048), count // 2048
+    places = index * step + index * 40503 % 2048 * step // 2048 if guessed else torch.arange(5000)
+    values[0, places] = 0
+    q = (len(places) - 0.5) / (count - 1)
+    actual, expected = (sample_quantile(values, q, backend=name) for name in (cpu, "reference"))
+    assert_equal(actual, expected)
+    assert 0 < actual.item() < 1

@@ -2,8 +2,8 @@
 
 The work is cut into parts: first what only checks, all of it at once, then what is measured, with nothing beside it.
 Each part leaves its log and its result in a folder that belongs to these sources and this environment; what has passed
-there is not run again. A run ends after 9 minutes and tells what is left; the next goes on with it, with what has been
-compiled meanwhile by Triton and PyTorch.
+there is not run again, unless that was without the build, which now passes. A run ends after 9 minutes and tells what
+is left; the next goes on with it, with what has been compiled meanwhile by Triton and PyTorch.
 
     python tests/gpu/run.py                    what 9 minutes are enough for of what has not passed yet
     python tests/gpu/run.py --only cuda goal   these parts, whatever came of them before
@@ -52,6 +52,7 @@ class Part:
     missing: str | None = None  #: why the part cannot run here
     alone: bool = False  #: not at once with the parts beside it in the plan: it measures, or needs the GPU's memory
     always: bool = False  #: quick if there is nothing to do, and others depend on it; alone too
+    makes: Path | None = None  #: removed first: others must not pass with what was made of earlier sources
 
 
 def parts(folder: Path) -> list[Part]:
@@ -63,7 +64,7 @@ def parts(folder: Path) -> list[Part]:
     return [
         Part(
             "build", 240, (python, "setup.py", "build_ext", "--inplace"), r"^copying .*_C\.abi3\.so.*", build,
-            alone=True, always=True,
+            alone=True, always=True, makes=ROOT / "aml_kernels/_C.abi3.so",
         ),
         Part("about", 60, (python, "-m", "aml_kernels"), r"^self-check.*passed.*", alone=True, always=True),
         # At once. Most of the time goes into what Triton compiles, and most of that into the matrix.
@@ -146,9 +147,11 @@ def main(arguments: Sequence[str] | None = None, make=parts) -> int:
     stored, end = folder / "results.json", time.monotonic() + 60 * options.minutes
     results = json.loads(stored.read_text()) if stored.exists() else {}
     chosen = [part for part in planned if not options.only or part.name in options.only]
-    due = [x for x in chosen if options.only or x.always or results.get(x.name, {}).get("state") != "passed"]
-    for _, group in itertools.groupby(chosen, lambda part: part.alone and part.name):
-        asyncio.run(run_at_once(list(group), due, results, stored, end))
+    with ended_by_signals():
+        for _, together in itertools.groupby(chosen, lambda part: part.alone and part.name):
+            group, lacks = list(together), lacked(planned, results)
+            due = [x for x in group if options.only or x.always or not stands(results.get(x.name), lacks)]
+            asyncio.run(run_at_once(group, due, lacks, results, stored, end))
     print(f"\n{sum(r['state'] == 'passed' for r in results.values())} of {len(planned)} parts have passed")
     return int(any(results.get(part.name, {}).get("state") not in ("passed", "missing") for part in planned))
 
@@ -167,11 +170,37 @@ def version(package: str) -> tuple[int, ...]:
         return (0,)
 
 
-async def run_at_once(group: Sequence[Part], due: Sequence[Part], results: dict, stored: Path, end: float) -> None:
+@contextlib.contextmanager
+def ended_by_signals():
+    """What runs has sessions of its own, which no signal reaches: it is ended as by Ctrl-C, not left on the GPU."""
+    changed = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def lacked(planned: Sequence[Part], results: dict) -> list[str]:
+    """What others depend on, and has not passed: without the build, tests of its kernels are skipped."""
+    return [x.name for x in planned if x.always and results.get(x.name, {}).get("state") != "passed"]
+
+
+def stands(result: dict | None, lacks: list[str]) -> bool:
+    """Whether a part has passed, and would lack nothing more or less now."""
+    return result is not None and result["state"] == "passed" and result.get("without", []) == lacks
+
+
+async def run_at_once(
+    group: Sequence[Part], due: Sequence[Part], lacks: list[str], results: dict, stored: Path, end: float,
+) -> None:
     """Those of a group that are due. A result is stored when the part ends, and told in the order of the plan."""
 
     async def one(part: Part) -> None:
-        results[part.name] = await run(part, stored.with_name(f"{part.name}.log"), end - time.monotonic())
+        result = await run(part, stored.with_name(f"{part.name}.log"), end - time.monotonic())
+        results[part.name] = result | ({"without": lacks} if lacks and not part.always else {})
         stored.with_suffix(".new").write_text(json.dumps(results, indent=1) + "\n")
         stored.with_suffix(".new").replace(stored)
 
@@ -190,9 +219,12 @@ async def run(part: Part, log: Path, remaining: float) -> dict:
         return {"state": "missing", "says": part.missing, "seconds": 0.0}
     if remaining < 5:
         return {"state": "not started", "says": "the time for all parts is used up: run again", "seconds": 0.0}
+    if part.makes:
+        part.makes.unlink(missing_ok=True)
     limit, start = min(part.seconds, remaining), time.monotonic()
     path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])  # where pip puts ninja
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    imported = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # PyTorch may lie there
+    environment = os.environ | {"PATH": path, "PYTHONPATH": imported, "PYTHONUNBUFFERED": "1"}
     environment |= part.environment | ({} if part.alone else SHARED)
     with log.open("w") as file:
         process = await asyncio.create_subprocess_exec(
