@@ -246,6 +246,16 @@ __device__ __forceinline__ int kept(int value) {
   return value;
 }
 
+// The same pointer to shared memory, whose address stays in a register as well.
+template <class T>
+__device__ __forceinline__ T* kept(T* shared) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<T*>(__cvta_shared_to_generic(unsigned(kept(int(__cvta_generic_to_shared(shared))))));
+#else
+  return shared;
+#endif
+}
+
 // sum += a b by tensor cores: `a` of 16 x 16 and `b` of 16 x 8 numbers of type T, two of 16 bits in a register, and sums in
 // fp32. All lanes of a warp take part. Its lane holds, with group = lane / 4 and quad = lane % 4 (PTX ISA, "Matrix
 // fragments for mma.m16n8k16"):

@@ -87,7 +87,7 @@ struct MapValues {
     int64_t y = first / map.columns, x = first - y * map.columns;
     const int64_t step_y = threads / map.columns, step_x = threads - step_y * map.columns;
     while (y < map.rows) {
-      if (!valid.data || load_element(valid, sample, y, x) != 0) f(selection_key(load_element(map, sample, y, x)));
+      f(!valid.data || load_element(valid, sample, y, x) != 0, selection_key(load_element(map, sample, y, x)));
       y += step_y, x += step_x;
       if (x >= map.columns) x -= map.columns, ++y;
     }

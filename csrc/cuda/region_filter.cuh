@@ -101,7 +101,7 @@ struct WeakRegions {
   template <class F>
   __device__ void visit(int64_t first, int64_t threads, F f) const {
     for (int64_t i = first; i < count; i += threads) {
-      if (is_weak(uint32_t(i))) f(key(uint32_t(i)));
+      f(is_weak(uint32_t(i)), key(uint32_t(i)));
     }
   }
   // How many of the regions before this one are weak and have the same key.

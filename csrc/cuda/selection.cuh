@@ -96,7 +96,7 @@ struct SampleValues {
     return !valid || valid[y * valid_row_stride + x * valid_column_stride];
   }
 
-  // Calls f(key) for each value that exists; thread `first` of `threads` takes its share.
+  // Calls f(exists, key) for values; thread `first` of `threads` takes its share.
   template <class F>
   __device__ __forceinline__ void visit(int64_t first, int64_t threads, F f) const {
     const bool packed = contiguous(row_stride, column_stride) &&
@@ -120,23 +120,28 @@ struct SampleValues {
     const int64_t head = to_aligned() < count ? to_aligned() : count, packs = (count - head) / kWidth;
     for (int64_t i = first; i < count - packs * kWidth; i += threads) {
       const int64_t at = i < head ? i : i + packs * kWidth;
-      if (!valid || valid[at]) f(selection_key(to_float(values[at])));
+      f(!valid || valid[at], selection_key(to_float(values[at])));
     }
     for (int64_t p = first; p < packs; p += 2 * threads) {
-      const int64_t at = head + p * kWidth, next = at + threads * kWidth;
+      const int64_t at = head + p * kWidth;
       const bool has_next = p + threads < packs;
-      const Pack<T> a = load<kWidth>(values + at), b = load<kWidth>(values + (has_next ? next : at));
-      Pack<uint8_t, kWidth> a_exists, b_exists;
-      if (valid) a_exists = load<kWidth>(valid + at), b_exists = load<kWidth>(valid + (has_next ? next : at));
+      const int64_t next = has_next ? at + threads * kWidth : at;
+      const Pack<T> a = load<kWidth>(values + at), b = load<kWidth>(values + next);
+      const Exists a_exists = exist(true, at), b_exists = exist(has_next, next);
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        if (!valid || a_exists.value[e]) f(selection_key(to_float(a.value[e])));
-      }
+      for (int e = 0; e < kWidth; ++e) f(a_exists.value[e / 4] >> e % 4 * 8 & 255, selection_key(to_float(a.value[e])));
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) {
-        if (has_next && (!valid || b_exists.value[e])) f(selection_key(to_float(b.value[e])));
-      }
+      for (int e = 0; e < kWidth; ++e) f(b_exists.value[e / 4] >> e % 4 * 8 & 255, selection_key(to_float(b.value[e])));
     }
+  }
+
+  using Exists = Pack<uint32_t, kWidth / 4>;  // four bytes to a word
+  __device__ __forceinline__ Exists exist(bool any, int64_t at) const {
+    Exists exists;
+    if (valid) exists = load<kWidth / 4>(reinterpret_cast<const uint32_t*>(valid + at));
+#pragma unroll
+    for (int w = 0; w < kWidth / 4; ++w) exists.value[w] = !any ? 0 : valid ? exists.value[w] : ~0u;
+    return exists;
   }
 
   template <class F>
@@ -144,9 +149,8 @@ struct SampleValues {
     int64_t y = first / columns, x = first % columns;
     const int64_t step_y = threads / columns, step_x = threads % columns;
     while (y < rows) {
-      if (!valid || valid[y * valid_row_stride + x * valid_column_stride]) {
-        f(selection_key(to_float(values[y * row_stride + x * column_stride])));
-      }
+      f(!valid || valid[y * valid_row_stride + x * valid_column_stride],
+        selection_key(to_float(values[y * row_stride + x * column_stride])));
       y += step_y, x += step_x;
       if (x >= columns) x -= columns, ++y;
     }
@@ -189,20 +193,23 @@ __device__ uint32_t select_key(const Values& values, const Team& team, Place pla
 
   for (int pass = 0; pass < kPasses; ++pass) {
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
-    const uint32_t digit = pass == 2 ? 1023 : 2047;
-    const uint32_t known = ~(digit << shift | ((1u << shift) - 1));  // bits that have to agree
+    const uint32_t last = key | ((pass == 2 ? 1u << 10 : pass == 1 ? 1u << 21 : 0u) - 1);  // of the keys that agree so far
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.bins[bin] = 0;
     __syncthreads();
-    uint32_t above = ~0u;
     // Lanes of a warp that add 1 to the same bin are served at once: a narrow range of values costs nothing.
-    values.visit(team.first(), team.threads(), [&](uint32_t other) {
-      if ((other & known) == key) {
-        atomicAdd(&s.bins[other >> shift & digit], 1u);
-      } else if ((other & known) > key && other < above) {
-        above = other;
-      }
-    });
-    if (pass == kPasses - 1) {
+    uint32_t* const bins = kept(s.bins);
+    const auto count = [&](bool exists, uint32_t other) {
+      const uint32_t distance = other - key;  // of smaller keys: a larger number than of any that agrees
+      if (exists & (distance <= last - key)) atomicAdd(&bins[distance >> shift], 1u);
+    };
+    if (pass < kPasses - 1) {
+      values.visit(team.first(), team.threads(), count);
+    } else {
+      uint32_t above = ~0u;
+      values.visit(team.first(), team.threads(), [&](bool exists, uint32_t other) {
+        count(exists, other);
+        if (exists & (other > last)) above = min(above, other);
+      });
       above = __reduce_min_sync(kAllLanes, above);
       if (threadIdx.x % kWarp == 0 && above != ~0u) atomicMin(&s.next, above);
     }
