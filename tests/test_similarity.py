@@ -139,8 +139,9 @@ def test_gradient_for_one_only(backend, wanted):
     [(a, b) for a in DTYPES[:3] for b in DTYPES[:3] if a != b], ids=str,
 )
 def test_mixed_types(backend, visual_dtype, text_dtype):
-    visual, text, mask = features()
-    check(backend, visual.to(visual_dtype), text.to(text_dtype), mask)
+    for size, options in ((SIZES["maps"], {}), (((1, 1024, 6, 8), 20), {"normalize": False, "scale": 0.05})):
+        visual, text, mask = features(size)
+        check(backend, visual.to(visual_dtype), text.to(text_dtype), mask, **options)
 
 
 def test_long_half_precision_vectors(backend):

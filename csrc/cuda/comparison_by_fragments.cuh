@@ -158,11 +158,21 @@ class FragmentProducts {
           for (int word_term = 0; word_term < 3; ++word_term) {
             const uint32_t upper[2] = {take_bf16(words[0]), take_bf16(words[1])};
 #pragma unroll
-            for (int half = 0; half < kTogether; ++half) multiply<bf16>(part[half], upper, dot_[first + half][t]);
+            for (int half = 0; half < kTogether; ++half) add_product(part[half], upper, dot_[first + half][t]);
           }
         }
       }
     }
+  }
+
+  // Of a part with a part. Tensor cores cut off of it what is far below the sum, which the six of fp16 would add up to too
+  // much: each is made by itself and then added.
+  static __device__ __forceinline__ void add_product(const uint32_t (&cells)[4], const uint32_t (&words)[2], float (&sum)[4]) {
+    if constexpr (std::is_same_v<T, bf16>) return multiply<bf16>(cells, words, sum);
+    float product[4] = {};
+    multiply<bf16>(cells, words, product);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += product[i];
   }
 
   // The upper halves of two floats, which are bf16 numbers; what is less stays.
