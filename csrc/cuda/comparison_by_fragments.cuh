@@ -4,7 +4,8 @@
 // What a lane holds of the matrices (see multiply() in device.cuh): with `group` = lane / 4 and `quad` = lane % 4, channels
 // 2 quad, 2 quad + 1, and these + 8, of the cells and the words group, group + 8, + 16, + 24. Words of the features' type go
 // from global memory to these registers, a step ahead. Words of another type are read when they are needed, and are the
-// sum of up to three bf16 numbers, as a feature of fp16 is that of two: their products are exact, too.
+// sum of up to three bf16 numbers, as a feature of fp16 is that of two: their products are exact, too. (But not those of
+// infinity, where not normalised: NaN, if a part is 0.)
 #pragma once
 
 #include "comparison_features.cuh"
@@ -165,10 +166,9 @@ class FragmentProducts {
     }
   }
 
-  // Of a part with a part. Tensor cores cut off of it what is far below the sum, which the six of fp16 would add up to too
-  // much: each is made by itself and then added.
+  // Of a part with a part. Tensor cores cut off of a product what is far below the sum, which for all the parts would be
+  // too much: each is made by itself and then added.
   static __device__ __forceinline__ void add_product(const uint32_t (&cells)[4], const uint32_t (&words)[2], float (&sum)[4]) {
-    if constexpr (std::is_same_v<T, bf16>) return multiply<bf16>(cells, words, sum);
     float product[4] = {};
     multiply<bf16>(cells, words, product);
 #pragma unroll

@@ -211,19 +211,24 @@ struct General {
     const int count = item.x < call.columns ? int(min(uint32_t(kColumns), call.columns - item.x)) : 0;
     ResizedColumns<kColumns> logits(call.logits, call.logit_rows, call.logit_columns, sample, item.first, item.x);
     SimilarColumns<kColumns> similar(call, sample, item.first, item.x);
-    float above[kColumns], below[kColumns], labels[kColumns], exists[kColumns] = {1, 1, 1, 1};
+    float above[kColumns], below[kColumns], labels[kColumns];
     bool bad = false;
 
     for (uint32_t y = item.first; y < item.last; ++y) {
+      unsigned exist = (1u << count) - 1;  // bits
+      if (call.valid.data) {
+        load_row(call.valid, sample, y, item.x, count, labels);
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) exist &= ~(unsigned(labels[k] == 0) << k);
+      }
       load_row(call.target, sample, y, item.x, count, labels);
-      if (call.valid.data) load_row(call.valid, sample, y, item.x, count, exists);
       const float weight = logits.next_row(call.logits, call.logit_rows, [&](int k, float first, float second) {
         above[k] = first, below[k] = second;
       });
       similar.next_row(call, limit);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const bool there = (exists[k] != 0) & (k < count), is_target = there & (labels[k] > 0.5f);
+        const bool there = exist >> k & 1, is_target = there & (labels[k] > 0.5f);
         const bool keep = there & (similar.reaches(k, limit) | (call.protect_target & is_target));
         pixel(k, Pixel<Label>{interpolate(above[k], below[k], weight), labels[k], is_target, there, keep});
         bad |= keep & !((labels[k] >= 0) & (labels[k] <= 1));

@@ -24,9 +24,20 @@ struct alignas(16) StripSums {
   int32_t kept, kept_target, intersection, union_, bad_target;  // the last: of how many items
 };
 
-// The sums of an item. Counts are floats, which is one instruction per pixel less, and exact: an item is small.
+// The sums of an item.
 template <class Label>
 struct ItemSums;
+
+// Two counts of an item's pixels, which are fewer than 4096, in one register. A float, which is one instruction per pixel
+// less, and exact.
+struct TwoCounts {
+  float both = 0;
+
+  __device__ __forceinline__ void add_to_first() { both += 1; }
+  __device__ __forceinline__ void add_to_second() { both += 4096; }
+  __device__ __forceinline__ int32_t first() const { return int32_t(both) & 4095; }
+  __device__ __forceinline__ int32_t second() const { return int32_t(both) >> 12; }
+};
 
 // A sum of max(s, 0) + log(1 + e). The logarithms are one of a product: a multiply-add per pixel in place of a polynomial.
 // What is kept is the product minus 1, since (1 + x) (1 + e) - 1 = x (1 + e) + e has positive terms only: it is as exact
@@ -73,7 +84,7 @@ struct ItemSums<bool> {
 template <>
 struct ItemSums<float> {
   float weight = 0, weighted_bce = 0, p = 0, y = 0, py = 0;
-  float kept = 0, kept_target = 0, intersection = 0, union_ = 0;
+  TwoCounts kept, seen;  // all and target; the intersection and the union
   bool bad_target = false;
 
   __device__ __forceinline__ void add(const Pixel<float>& pixel, const LossOptions<float>& o) {
@@ -83,17 +94,16 @@ struct ItemSums<float> {
     if (pixel.keep) {
       weight += w, weighted_bce = multiply_add(w, cross_entropy(pixel.z, label, s.e), weighted_bce);
       p += s.p, y += label, py = multiply_add(s.p, label, py);
-      kept += 1;
+      kept.add_to_first();
     }
-    if (pixel.keep & pixel.is_target) kept_target += 1;
-    if (predicted & pixel.is_target) intersection += 1;
-    if (predicted | pixel.is_target) union_ += 1;
+    if (pixel.keep & pixel.is_target) kept.add_to_second();
+    if (predicted & pixel.is_target) seen.add_to_first();
+    if (predicted | pixel.is_target) seen.add_to_second();
   }
   __device__ __forceinline__ void end_row() {}
 
   __device__ __forceinline__ StripSums total(const LossOptions<float>&) const {
-    return {weight, weighted_bce, p, y, py, int32_t(kept), int32_t(kept_target), int32_t(intersection), int32_t(union_),
-            bad_target};
+    return {weight, weighted_bce, p, y, py, kept.first(), kept.second(), seen.first(), seen.second(), bad_target};
   }
 };
 
