@@ -202,14 +202,12 @@ __device__ uint32_t select_key(const Values& values, const Team& team, Place pla
       const uint32_t distance = other - key;  // of smaller keys: a larger number than of any that agrees
       if (exists & (distance <= last - key)) atomicAdd(&bins[distance >> shift], 1u);
     };
-    if (pass < kPasses - 1) {
-      values.visit(team.first(), team.threads(), count);
-    } else {
-      uint32_t above = ~0u;
-      values.visit(team.first(), team.threads(), [&](bool exists, uint32_t other) {
-        count(exists, other);
-        if (exists & (other > last)) above = min(above, other);
-      });
+    uint32_t above = ~0u;
+    values.visit(team.first(), team.threads(), [&](bool exists, uint32_t other) {
+      count(exists, other);
+      if (exists & (other > last)) above = min(above, other);
+    });
+    if (pass == kPasses - 1) {
       above = __reduce_min_sync(kAllLanes, above);
       if (threadIdx.x % kWarp == 0 && above != ~0u) atomicMin(&s.next, above);
     }
