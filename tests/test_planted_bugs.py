@@ -73,15 +73,15 @@ BUGS = {
         "similarity of rows that begin anywhere, fp32", "AddressSanitizer: heap-buffer-overflow",
     ),
     "histogram without atomics": Bug(
-        "quantile", "selection.cuh", "atomicAdd(&s.bins[other >> shift & digit], 1u);",
-        "++s.bins[other >> shift & digit];", "stepped", "quantile, one block", WRONG,
+        "quantile", "selection.cuh", "atomicAdd(&bins[distance >> shift], 1u);",
+        "++bins[distance >> shift];", "stepped", "quantile, one block", WRONG,
     ),
     "read beyond the input": Bug(
         "quantile", "selection.cuh", "const bool has_next = p + threads < packs;", "const bool has_next = true;",
         "bounds", "quantile, one block", "AddressSanitizer: heap-buffer-overflow",
     ),
     "index beyond shared memory": Bug(
-        "quantile", "selection.cuh", "&s.bins[other >> shift & digit]", "&s.bins[other >> shift & 4095]",
+        "quantile", "selection.cuh", "&bins[distance >> shift]", "&bins[(distance >> shift) + kBins / 2]",
         "bounds", "quantile, one block", "out of bounds for type 'unsigned int [2048]'",
     ),
     "vector load of misaligned memory": Bug(

@@ -246,11 +246,11 @@ __device__ __forceinline__ int kept(int value) {
   return value;
 }
 
-// The same pointer to shared memory, whose address stays in a register as well.
+// The same shared memory, whose address stays in a register as well.
 template <class T>
-__device__ __forceinline__ T* kept(T* shared) {
+__device__ __forceinline__ T& kept(T& shared) {
 #if defined(__CUDA_ARCH__)
-  return static_cast<T*>(__cvta_shared_to_generic(unsigned(kept(int(__cvta_generic_to_shared(shared))))));
+  return *static_cast<T*>(__cvta_shared_to_generic(unsigned(kept(int(__cvta_generic_to_shared(&shared))))));
 #else
   return shared;
 #endif

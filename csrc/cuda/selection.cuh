@@ -197,7 +197,7 @@ __device__ uint32_t select_key(const Values& values, const Team& team, Place pla
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) s.bins[bin] = 0;
     __syncthreads();
     // Lanes of a warp that add 1 to the same bin are served at once: a narrow range of values costs nothing.
-    uint32_t* const bins = kept(s.bins);
+    uint32_t(&bins)[kBins] = kept(s.bins);
     const auto count = [&](bool exists, uint32_t other) {
       const uint32_t distance = other - key;  // of smaller keys: a larger number than of any that agrees
       if (exists & (distance <= last - key)) atomicAdd(&bins[distance >> shift], 1u);
