@@ -8,6 +8,7 @@
 namespace aml::cuda {
 
 constexpr int64_t kFewestRows = 8, kMostRows = 64;  // of an item: to set one up costs as much as two or three rows
+static_assert(kMostRows * General::kColumns < 4096, "see TwoCounts");
 
 // Cuts the image so that all warps that the device runs have one strip, or as few as possible the same number of them;
 // returns the strips of a sample. (So the sums are the same in every bit for the same call on the same device.)

@@ -11,10 +11,10 @@
 namespace aml::cuda {
 
 constexpr int kGatherThreads = 128;
-constexpr int kGatherColumns = General::kColumns;          // of a thread
+constexpr int kGatherColumns = General::kColumns;        // of a thread
 static_assert(Resized::kColumns == kGatherColumns, "both ways have the same items");
-constexpr int kChunk = kGatherThreads * kGatherColumns;     // columns of the target that are worked on at once
-constexpr int kTileRows = 8, kTileColumns = kChunk;         // of logits, at most
+constexpr int kChunk = kGatherThreads * kGatherColumns;  // columns of the target that are worked on at once
+constexpr int kTileRows = 8, kTileColumns = kChunk;      // of logits, at most
 
 struct GatherCall : GradientCall {
   uint32_t tile_rows = 0, tile_columns = 0;  // of logits
