@@ -198,13 +198,10 @@ __device__ uint32_t select_key(const Values& values, const Team& team, Place pla
     __syncthreads();
     // Lanes of a warp that add 1 to the same bin are served at once: a narrow range of values costs nothing.
     uint32_t(&bins)[kBins] = kept(s.bins);
-    const auto count = [&](bool exists, uint32_t other) {
-      const uint32_t distance = other - key;  // of smaller keys: a larger number than of any that agrees
-      if (exists & (distance <= last - key)) atomicAdd(&bins[distance >> shift], 1u);
-    };
     uint32_t above = ~0u;
     values.visit(team.first(), team.threads(), [&](bool exists, uint32_t other) {
-      count(exists, other);
+      const uint32_t distance = other - key;  // of smaller keys: a larger number than of any that agrees
+      if (exists & (distance <= last - key)) atomicAdd(&bins[distance >> shift], 1u);
       if (exists & (other > last)) above = min(above, other);
     });
     if (pass == kPasses - 1) {
